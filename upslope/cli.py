@@ -1,0 +1,184 @@
+"""The commands. Whatever is heavy is imported inside the command that needs it, so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upslope import __version__
+from upslope.errors import UpslopeError
+
+app = typer.Typer(
+    name="upslope",
+    help="Train language models from theory to practice: supervised learning, rewards, policy gradients, and back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="Set a recipe key: -s rl.lam=0.9")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; runs/NAME unless given.")]
+Model = Annotated[str, typer.Argument(help="A run or model folder, a .gguf file, a hub id, or pypi:NAME==VERSION/path")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of a completion.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")]
+Seed = Annotated[int, typer.Option(min=0)]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors (before the command's name).")] = False,
+) -> None:
+    if version:
+        typer.echo(f"upslope {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A .toml file or the name of a shipped recipe.")],
+    override: Overrides = None,
+    out: Out = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live display.")] = False,
+) -> None:
+    """Run a recipe to its end. After Ctrl-C, or a crash, the same command carries on."""
+    from upslope.config import load_recipe
+
+    resolved = load_recipe(recipe, override or [])  # a wrong key is told before anything slow is imported
+    from upslope.training.pipeline import run_pipeline
+
+    run_pipeline(resolved, out or Path("runs") / resolved.name, plain=True if plain else None)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts; the recipe's number unless given.")] = None,
+    judge: Annotated[list[str] | None, typer.Option(help="Another judge: module:function or file.py:function.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed for the samples.")] = None,
+) -> None:
+    """Evaluate a finished run again on held-out prompts, before and after rl; the run's folder stays as it is."""
+    from upslope.training.reevaluate import reevaluate
+
+    reevaluate(run, prompts=prompts, judges=judge or [], seed=seed)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Continue prompts with a model."""
+    from upslope.api import load
+
+    texts = load(model).generate(
+        prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop or (),
+        samples=samples,
+        seed=seed,
+    )
+    for i, text in enumerate(texts):
+        typer.secho(prompts[i // samples], nl=False, bold=True)
+        typer.echo(text)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model that has a chat template. An empty line or Ctrl-D ends."""
+    from upslope.api import load
+
+    loaded = load(model)
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = input("you: ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        answer = loaded.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed + len(messages))
+        messages.append({"role": "assistant", "content": answer})
+        typer.echo(f"model: {answer.strip()}")
+
+
+@app.command()
+def export(model: Model, folder: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
+    """Write a model in Hugging Face layout: config.json, model.safetensors, tokenizer."""
+    from upslope.api import load
+
+    path = load(model, dtype="fp32").export(folder)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a run, finished or not, from its events."""
+    from upslope.observe.report import write_report
+
+    typer.echo(f"wrote {write_report(run)}")
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None) -> None:
+    """List the shipped recipes, or print one: upslope recipes sentiment-ppo > mine.toml"""
+    from upslope.config import find_recipe, shipped_recipes
+
+    if name:
+        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    for title, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        typer.echo(f"{title:20} {first}")
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line and exit status 2; --debug shows the traceback."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        result: Any = app(args=arguments, standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved stands, and the same command carries on", file=sys.stderr)
+        sys.exit(130)
+    except UpslopeError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{'' if error.exit_code == 130 else 'error: '}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of the command line tells itself
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))

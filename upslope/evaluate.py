@@ -1,0 +1,96 @@
+"""A model on held-out prompts: metrics with 95 % bootstrap intervals, one model or two side by side.
+
+Every interval is a percentile bootstrap over prompts; a change is a paired one, over the same prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from upslope.algo.random import stream
+from upslope.rewards.metrics import distinct_n
+
+DRAWS = 1000
+Statistic = Callable[[np.ndarray], float]  # of the indices of the prompts drawn
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    low: float
+    high: float
+
+    def text(self, digits: int) -> str:
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model on P prompts. scores: name -> one value a prompt; nll and tokens: of each completion."""
+
+    completions: list[str]
+    scores: dict[str, np.ndarray]
+    base_nll_P: np.ndarray
+    tokens_P: np.ndarray
+    kl_P: np.ndarray
+    ended_P: np.ndarray
+
+    def statistics(self) -> dict[str, tuple[Statistic, int]]:
+        """Name -> (statistic over drawn prompts, digits shown). A nan score (a failed reward) is left out of its mean."""
+        table: dict[str, tuple[Statistic, int]] = {}
+        for name, values in self.scores.items():
+            table[name] = (lambda i, v=values: float(np.nanmean(v[i])), 3)  # type: ignore[misc]
+        table["KL to the start, nats a completion"] = (lambda i: float(self.kl_P[i].mean()), 2)
+        nll, tokens = self.base_nll_P, self.tokens_P
+        table["perplexity under the original model"] = (lambda i: float(np.exp(nll[i].sum() / tokens[i].sum())), 1)
+        for n in (1, 2):
+            table[f"distinct-{n}"] = (lambda i, n=n: distinct_n([self.completions[j] for j in i], n), 3)  # type: ignore[misc]
+        table["mean length, tokens"] = (lambda i: float(self.tokens_P[i].mean()), 1)
+        table["ended by itself"] = (lambda i: float(self.ended_P[i].mean()), 2)
+        return table
+
+
+def interval(values: np.ndarray, *, seed: int, draws: int = DRAWS) -> tuple[float, float, float]:
+    """Mean of the values with its 95 % percentile-bootstrap interval: (mean, low, high)."""
+    drawn = stream(seed, "bootstrap").integers(0, len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def estimates(outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS) -> dict[str, list[Estimate]]:
+    """Name -> an estimate for each outcome and, for two, a last one of the change, paired over the prompts.
+
+    distinct-n falls as texts are added and repeated, so that its resampled values lie below the full one: its
+    interval is moved to stand around the value of the whole set.
+    """
+    size = len(outcomes[0].completions)
+    drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
+    everything = np.arange(size)
+    tables = [outcome.statistics() for outcome in outcomes]
+    result: dict[str, list[Estimate]] = {}
+    for name in tables[0]:
+        values, samples = [], []
+        for table in tables:
+            statistic = table[name][0]
+            values.append(statistic(everything))
+            samples.append(np.array([statistic(i) for i in drawn]))
+        if len(outcomes) == 2:
+            values.append(values[1] - values[0])
+            samples.append(samples[1] - samples[0])
+        result[name] = [_estimate(v, s, centred=name.startswith("distinct")) for v, s in zip(values, samples, strict=True)]
+    return result
+
+
+def table_rows(outcomes: Sequence[Outcome], found: dict[str, list[Estimate]]) -> list[list[str]]:
+    """Rows for people: the name, then value [low, high] of each estimate."""
+    digits = {name: shown for name, (_, shown) in outcomes[0].statistics().items()}
+    return [[name, *(e.text(digits[name]) for e in row)] for name, row in found.items()]
+
+
+def _estimate(value: float, samples: np.ndarray, *, centred: bool) -> Estimate:
+    shift = value - float(samples.mean()) if centred else 0.0
+    low, high = np.percentile(samples, [2.5, 97.5]) + shift
+    return Estimate(value, float(low), float(high))

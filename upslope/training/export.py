@@ -1,0 +1,66 @@
+"""Finished models, written so that upslope and transformers can load them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from upslope.errors import ModelError
+from upslope.models.decoder import Decoder
+from upslope.models.heads import ActorCritic, RewardModel
+from upslope.models.hf import load_decoder, save_decoder
+from upslope.text.tokenizer import Tokenizer
+from upslope.training.run import Run
+
+
+def export_policy(run: Run, stage: str, model: Decoder | ActorCritic, tokenizer: Tokenizer) -> Path:
+    """Write STAGE/model; a critic goes beside it, as STAGE/critic.safetensors."""
+    policy = model.policy if isinstance(model, ActorCritic) else model
+    folder = _replace_folder(run.stage_folder(stage) / "model", policy, tokenizer)
+    if isinstance(model, ActorCritic):
+        critic = {n: t.contiguous() for n, t in model.state_dict().items() if not n.startswith("policy.")}
+        if critic:
+            save_file(critic, run.stage_folder(stage) / "critic.safetensors")
+    return folder
+
+
+def export_reward_model(run: Run, stage: str, model: RewardModel, tokenizer: Tokenizer) -> Path:
+    """Write STAGE/model: the trunk in Hugging Face layout, the scalar head and its scale beside it."""
+    folder = _replace_folder(run.stage_folder(stage) / "model", model.trunk, tokenizer)
+    head = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.startswith("trunk.")}
+    save_file(head, folder / "reward_head.safetensors")
+    return folder
+
+
+def load_reward_model(folder: Path, *, dtype: torch.dtype) -> RewardModel:
+    """Read what `export_reward_model` wrote. Raises ModelError where it is not a reward model or damaged."""
+    path = folder / "reward_head.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a reward model: it has no {path.name}", "name a reward stage's model folder")
+    model = RewardModel(load_decoder(folder, dtype=dtype))
+    try:
+        head = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "train the reward stage again") from None
+    missing, unexpected = model.load_state_dict(head, strict=False)
+    missing = [name for name in missing if not name.startswith("trunk.")]
+    if missing or unexpected:
+        raise ModelError(f"{path} does not fit: missing {missing}, extra {unexpected}", "train the reward stage again")
+    return model
+
+
+def _replace_folder(folder: Path, model: Decoder, tokenizer: Tokenizer) -> Path:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_decoder(model, partial)
+    tokenizer.save(partial)
+    (partial / "upslope.json").write_text(json.dumps({"tokenizer": tokenizer.fingerprint}))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder

@@ -1,0 +1,245 @@
+"""A recipe from its first stage to its last: what is finished is skipped, what was begun carries on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upslope.config import POLICY_STAGES, Recipe, describe
+from upslope.engine import Engine
+from upslope.errors import DataError, ModelError, UpslopeError
+from upslope.models.decoder import Decoder
+from upslope.models.heads import ActorCritic, RewardModel
+from upslope.models.hf import load_decoder
+from upslope.observe.report import write_report
+from upslope.sources import resolve
+from upslope.text.tokenizer import Tokenizer
+from upslope.training.algorithms import ALGORITHMS
+from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
+from upslope.training.export import load_reward_model
+from upslope.training.final import evaluate_policies, record_comparison
+from upslope.training.reward_model import run_reward
+from upslope.training.rl import Actors, run_rl
+from upslope.training.run import Run
+from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source, source_name
+from upslope.training.supervised import run_supervised
+
+MEAN_TOKENS = 32.0  # a first guess of an example's length, for the time left only
+
+
+@dataclass
+class Given:
+    """The caller's own objects, which stand in for what the recipe names."""
+
+    reward: Callable[..., Any] | None = None
+    rows: Any = None
+
+
+@dataclass
+class Pipeline:
+    """What the stages of one run share."""
+
+    run: Run
+    recipe: Recipe
+    tokenizer: Tokenizer
+    splits: Splits
+    given: Given
+
+    def source_of(self, stage: str) -> str:
+        """The model that a stage starts from: its own init, the nearest policy stage before it, or the recipe's."""
+        init = getattr(self.recipe, stage).init if stage != "eval" else None
+        if init:
+            return str(init)
+        order = [s for s in self.recipe.stages if s in POLICY_STAGES]
+        before = [s for s in order if stage == "reward" and s != "rl" or s in order[: _index(order, stage)]]
+        return str(self.run.stage_folder(before[-1]) / "model") if before else self.recipe.model
+
+    def decoder(self, source: str, *, trained: bool) -> Decoder:
+        """Load a decoder: fp32 master weights where it is trained, the compute dtype where it is frozen."""
+        model = load_decoder(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
+        if model.config.vocab_size < self.tokenizer.vocab_size:
+            raise ModelError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {source} only {model.config.vocab_size}",
+                "use the tokenizer that the model was trained with",
+            )
+        model.compute_dtype = self.run.dtype
+        model.to(self.run.device)
+        return model if trained else model.requires_grad_(False)
+
+    def scorer(self) -> Scorer:
+        """The rewards of [rl], by weight."""
+        rl = self.recipe.rl
+        assert rl is not None
+        sources: list[Source] = []
+        for name in rl.rewards:
+            if self.given.reward is not None:
+                label = getattr(self.given.reward, "__name__", "reward")
+                sources.append(FunctionSource(self.given.reward, label, rl.timeout_s))
+            elif name == "stage:reward":
+                model = load_reward_model(self.run.stage_folder("reward") / "model", dtype=self.run.dtype)
+                model.trunk.compute_dtype = self.run.dtype
+                model.to(self.run.device).requires_grad_(False)
+                sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, rl.optim.micro_tokens))
+            else:
+                sources.append(FunctionSource(name, source_name(name), rl.timeout_s))
+        return Scorer(sources, list(rl.rewards.values()), rl.max_failures)
+
+
+def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, plain: bool | None = None) -> Path:
+    """Run every stage that is not finished yet and the closing evaluation; returns the run folder.
+
+    Raises Interrupted, saved, when asked to stop; the same call carries on.
+    """
+    given = given or Given()
+    run = Run(recipe, folder, plain=plain)
+    try:
+        with run.stopping_on_signals():
+            _run_stages(run, recipe, given)
+    except UpslopeError:
+        _report_if_possible(run)
+        raise
+    finally:
+        run.close()
+    return folder
+
+
+def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
+    stages = [*recipe.stages, "eval"] if recipe.rl else recipe.stages
+    if all(run.done(stage) for stage in stages):
+        run.terminal.note(f"{run.folder}: finished before, nothing to train; choose another folder with -o to run again")
+        write_report(run.folder)
+        return
+    run.terminal.note(f"{run.facts['processor']}; matrix products in {run.facts['dtype']}, weights in fp32")
+    for line in describe(recipe):
+        run.terminal.note(line)
+    tokenizer = Tokenizer.load(resolve(recipe.model))
+    splits = load_splits(run, recipe.data, recipe.seed, given.rows)
+    pipeline = Pipeline(run, recipe, tokenizer, splits, given)
+    run.plan = plan_work(recipe)
+    for stage in stages:
+        if run.done(stage):
+            run.terminal.stage(stage, "skipped")
+            continue
+        run.terminal.stage(stage, "start")
+        STAGE_RUNNERS[stage](pipeline)
+        run.terminal.stage(stage, "end")
+        write_report(run.folder)
+    run.terminal.note(f"report: {run.folder / 'report.html'}")
+
+
+def plan_work(recipe: Recipe) -> dict[str, float]:
+    """Work of each stage in token passes (a forward pass is 1, a training one 3), for the time left."""
+    plan: dict[str, float] = {}
+    for name in ("pretrain", "sft"):
+        stage = getattr(recipe, name)
+        if stage:
+            plan[name] = 3 * MEAN_TOKENS * stage.steps * stage.batch
+    if recipe.reward:
+        plan["reward"] = 3 * 2 * MEAN_TOKENS * recipe.reward.steps * recipe.reward.batch
+    if recipe.rl:
+        rl = recipe.rl
+        tokens = rl.max_tokens + 8
+        plan["rl"] = rl.steps * rl.episodes * tokens * (5 + 3 * rl.epochs)
+        plan["eval"] = 2 * recipe.eval.prompts * tokens * 7
+    return plan
+
+
+def _supervised(stage: str) -> Callable[[Pipeline], None]:
+    def run_stage(p: Pipeline) -> None:
+        train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
+        valid = supervised_examples(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
+        model = p.decoder(p.source_of(stage), trained=True)
+        run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid)
+
+    return run_stage
+
+
+def _reward(p: Pipeline) -> None:
+    cfg = p.recipe.reward
+    assert cfg is not None
+    seed = p.recipe.seed
+    train = preference_pairs(p.run, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group, seed)
+    valid = preference_pairs(p.run, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group, seed)
+    model = RewardModel(p.decoder(p.source_of("reward"), trained=True)).to(p.run.device)
+    run_reward(p.run, cfg, model, p.tokenizer, train, valid)
+
+
+def _rl(p: Pipeline) -> None:
+    rl = p.recipe.rl
+    assert rl is not None
+    policy = p.decoder(p.source_of("rl"), trained=True)
+    critic_trunk = p.decoder(p.source_of("rl"), trained=True) if rl.critic == "separate" else None
+    model = ActorCritic(policy, rl.critic, critic_trunk).to(p.run.device)
+    needs_reference = ALGORITHMS[rl.algorithm].needs_reference and rl.kl > 0
+    reference = p.decoder(p.source_of("rl"), trained=False) if needs_reference else None
+    prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
+    longest = max(len(prompt.ids) for prompt in prompts) + rl.max_tokens
+    if longest > policy.config.context:
+        raise DataError(
+            f"prompts of up to {longest - rl.max_tokens} tokens and rl.max_tokens = {rl.max_tokens} exceed the model's "
+            f"context of {policy.config.context}",
+            "lower rl.max_tokens or data.max_tokens",
+        )
+    engine = Engine(
+        policy.runner(p.run.dtype),
+        eos_id=p.tokenizer.eos_id,
+        slots=rl.slots,
+        seed=p.recipe.seed,
+        text_of=p.tokenizer.decode,
+    )
+    scorer = p.scorer()
+    try:
+        run_rl(p.run, rl, Actors(model, reference, engine, scorer, p.tokenizer), prompts)
+    finally:
+        scorer.close()
+
+
+def _eval(p: Pipeline) -> None:
+    """Held-out prompts before and after rl; the policy's start, its end, and the original model are loaded frozen."""
+    cfg = p.recipe.eval
+    prompts = make_prompts(p.run, p.splits["test"], p.tokenizer, "test")[: cfg.prompts]
+    before = p.decoder(p.source_of("rl"), trained=False)
+    after = p.decoder(str(p.run.stage_folder("rl") / "model"), trained=False)
+    base = p.decoder(p.recipe.model, trained=False)
+    assert p.recipe.rl is not None
+    timeout = p.recipe.rl.timeout_s
+    judges = Scorer([FunctionSource(j, source_name(j), timeout) for j in cfg.judges], [0.0] * len(cfg.judges), 1.0)
+    scorer = p.scorer()
+    try:
+        outcomes = evaluate_policies(p.run, [before, after], base, p.tokenizer, scorer, judges, prompts)
+    finally:
+        scorer.close()
+        judges.close()
+    found = record_comparison(p.run, prompts, outcomes)
+    closing = {name: {"before": row[0].value, "after": row[1].value} for name, row in found.items()}
+    p.run.mark_done("eval", closing)
+
+
+STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
+    "pretrain": _supervised("pretrain"),
+    "sft": _supervised("sft"),
+    "reward": _reward,
+    "rl": _rl,
+    "eval": _eval,
+}
+
+
+def _held_out(splits: Splits) -> Any:
+    """What the fitting stages report on: the validation side, so that the test side is opened once, at the end."""
+    return splits["valid"]
+
+
+def _index(order: list[str], stage: str) -> int:
+    return order.index(stage) if stage in order else len(order)
+
+
+def _report_if_possible(run: Run) -> None:
+    """A run that stops early still leaves a report of what it did; its own error is the one to show."""
+    try:
+        write_report(run.folder)
+    except (UpslopeError, OSError) as error:
+        run.terminal.note(f"no report: {error}")

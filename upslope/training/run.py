@@ -1,0 +1,246 @@
+"""A run in its folder: what is written, what is shown, and whether it should stop.
+
+    OUT/recipe.json          the resolved recipe, the seed of every stage's randomness
+    OUT/events.jsonl         everything that happened, one JSON object a line
+    OUT/episodes.jsonl       every completion that was trained on: ids, log-probabilities, rewards
+    OUT/STAGE/checkpoints/   while a stage runs
+    OUT/STAGE/model/         when it is done: Hugging Face layout
+    OUT/STAGE/done.json      its closing metrics, and how long the logs were
+    OUT/tensorboard/, OUT/report.html
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import upslope
+from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
+from upslope.config import Recipe
+from upslope.errors import RunError
+from upslope.observe.events import EventLog
+from upslope.observe.tensorboard import TensorBoardLog
+from upslope.observe.terminal import Terminal
+
+WORK_PER_TOKEN = {"forward": 1.0, "train": 3.0}  # a backward pass costs twice the forward one
+
+
+class Run:
+    """One run folder, opened: logs cut back to the last checkpoint, display started, stop requests noticed."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *, plain: bool | None = None) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.stop_requested = False
+        _make_folder(folder)
+        self.lock = RunLock(folder)
+        self._check_same_recipe()
+        sizes = self._log_sizes()
+        self.facts = self._machine_facts()
+        self.log = EventLog(folder / "events.jsonl", keep_bytes=sizes["events"])
+        self.episodes = EventLog(folder / "episodes.jsonl", keep_bytes=sizes["episodes"])
+        self.tensorboard = TensorBoardLog(folder / "tensorboard")
+        self.terminal = Terminal(plain)
+        self.terminal.start([*recipe.stages, "eval"] if recipe.rl else recipe.stages)
+        self.plan: dict[str, float] = {}
+        self._stage_start: tuple[str, float, float] | None = None
+        if not sizes["events"]:
+            self.record("run", recipe=recipe.model_dump(mode="json"), versions=versions(), machine=self.facts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products, decided once for the whole run."""
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.facts["dtype"]]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.facts["device"])
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.folder / stage
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The closing record of a finished stage, or None."""
+        path = self.stage_folder(stage) / "done.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def mark_done(self, stage: str, metrics: Mapping[str, Any]) -> None:
+        record = {"metrics": dict(metrics), "logs": self.log_sizes()}
+        atomic_write_text(self.stage_folder(stage) / "done.json", json.dumps(record, indent=1))
+
+    def log_sizes(self) -> dict[str, int]:
+        """Bytes that are safely in the logs: what a checkpoint remembers, to cut back to on resume."""
+        self.log.sync()
+        self.episodes.sync()
+        return {"events": self.log.offset, "episodes": self.episodes.offset}
+
+    def record(self, kind: str, *, stage: str | None = None, step: int | None = None, **fields: Any) -> None:
+        """Write one event and show it."""
+        event = self.log.write(kind, stage=stage, step=step, **fields)
+        self.terminal.event(event)
+        if kind in ("step", "eval"):
+            self.tensorboard.event(event)
+
+    def progress(self, stage: str, done: float, total: float, phase: str) -> None:
+        """Show how far a stage is, with the time left for it and for the whole run at the speed seen so far."""
+        now = time.monotonic()
+        if self._stage_start is None or self._stage_start[0] != stage:
+            self._stage_start = (stage, now, done)
+        _, began, done_then = self._stage_start
+        if done <= done_then:
+            self.terminal.progress(stage, done, total, None, phase)
+            return
+        pace = (now - began) / (done - done_then)
+        stage_left = pace * (total - done)
+        order = list(self.plan)
+        later = order[order.index(stage) + 1 :] if stage in order else []
+        work_pace = pace * total / max(self.plan.get(stage, 0.0), 1.0)
+        run_left = stage_left + work_pace * sum(self.plan[s] for s in later if not self.done(s))
+        self.terminal.progress(stage, done, total, run_left, phase)
+
+    def should_stop(self) -> bool:
+        return self.stop_requested
+
+    @contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """First Ctrl-C or SIGTERM: finish at the next safe point, saved. Second: stop at once."""
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            name = signal.Signals(number).name
+            self.terminal.note(f"{name}: saving at the next safe point; again stops at once")
+
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask)
+        except ValueError:  # not the main thread (a notebook's executor): the caller's handling stays
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        self.terminal.close()
+        self.tensorboard.close()
+        self.log.close()
+        self.episodes.close()
+        self.lock.release()
+
+    def _check_same_recipe(self) -> None:
+        path = self.folder / "recipe.json"
+        new = self.recipe.model_dump(mode="json")
+        if not path.is_file():
+            if (self.folder / "events.jsonl").exists():
+                raise RunError(f"{self.folder} holds a run without a recipe.json", "choose another folder with -o")
+            atomic_write_text(path, json.dumps(new, indent=1))
+            return
+        old = json.loads(path.read_text())
+        changed = _differences(old, new)
+        changed = [c for c in changed if not c.startswith("checkpoint_minutes:")]
+        if changed:
+            more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+            raise RunError(
+                f"{self.folder} holds a run of another recipe: {'; '.join(changed[:2])}{more}",
+                "choose another folder with -o, or remove that one",
+            )
+
+    def _log_sizes(self) -> dict[str, int]:
+        for stage in reversed([*self.recipe.stages, "eval"]):
+            folder = self.stage_folder(stage)
+            record = self.done(stage)
+            if record:
+                return dict(record["logs"])
+            if (folder / "checkpoints").is_dir():
+                checkpoint = load_checkpoint(folder / "checkpoints")
+                if checkpoint:
+                    return dict(checkpoint.state["logs"])
+        return {"events": 0, "episodes": 0}
+
+    def _machine_facts(self) -> dict[str, Any]:
+        """Where the run runs; decided at its first start and kept, so that a resumed run computes alike."""
+        path = self.folder / "machine.json"
+        if path.is_file():
+            facts: dict[str, Any] = json.loads(path.read_text())
+            if facts["device"] == "cuda" and not torch.cuda.is_available():
+                raise RunError("this run began on a GPU and there is none here", "resume it there, or start anew with -o")
+            torch.set_num_threads(facts["threads"])
+            return facts
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self.recipe.dtype if self.recipe.dtype != "auto" else fast_dtype(device)
+        facts = {
+            "device": device,
+            "dtype": dtype,
+            "threads": torch.get_num_threads(),
+            "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+            "system": platform.platform(terse=True),
+        }
+        atomic_write_text(path, json.dumps(facts, indent=1))
+        return facts
+
+
+def fast_dtype(device: str) -> str:
+    """bf16 where its matrix product is at least 1.5 times as fast as fp32's, by trying both for some milliseconds."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 1024, dtype=dtype)
+        w = torch.ones(1024, 1024, dtype=dtype)
+        trials = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            trials.append(time.perf_counter() - start)
+        seconds[dtype] = min(trials)
+    return "bf16" if seconds[torch.bfloat16] * 1.5 < seconds[torch.float32] else "fp32"
+
+
+def versions() -> dict[str, str]:
+    return {"upslope": upslope.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held, in GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}", "choose another with -o") from None
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    return [] if old == new else [f"{where}: {old!r} there, {new!r} here"]

@@ -1,0 +1,104 @@
+"""Scores of episodes: learned reward models on token ids, functions of the user's on texts, weighted and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from upslope.errors import RewardError
+from upslope.models.heads import RewardModel
+from upslope.rewards.functions import FunctionReward
+from upslope.training.episode import Episode
+from upslope.training.reward_model import score_texts
+
+
+class Source(Protocol):
+    """One named reward over episodes: a score each (nan where it failed) and the reasons of the failures."""
+
+    name: str
+
+    def __call__(
+        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
+    ) -> tuple[np.ndarray, Sequence[str | None]]: ...
+
+    def close(self) -> None: ...
+
+
+class LearnedSource:
+    """A reward model's score of the episode's tokens, EOS included.
+
+    The model has only seen whole texts, so that a completion cut by a limit is scored with an EOS behind it.
+    """
+
+    def __init__(self, name: str, model: RewardModel, eos_id: int, micro_tokens: int) -> None:
+        self.name = name
+        self.model = model
+        self.eos_id = eos_id
+        self.micro_tokens = micro_tokens
+
+    def __call__(
+        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
+    ) -> tuple[np.ndarray, Sequence[str | None]]:
+        texts = [e.ids if e.ids[-1] == self.eos_id else [*e.ids, self.eos_id] for e in episodes]
+        return score_texts(self.model, texts, self.micro_tokens), [None] * len(texts)
+
+    def close(self) -> None:
+        """Nothing to end: the model lives in this process."""
+
+
+class FunctionSource:
+    """A function of (prompts, completions, rows), run in worker processes with a time limit."""
+
+    def __init__(self, source: str | Callable[..., Any], name: str, timeout_s: float) -> None:
+        self.name = name
+        self.function = FunctionReward(source, name=name, timeout_s=timeout_s)
+
+    def __call__(
+        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
+    ) -> tuple[np.ndarray, Sequence[str | None]]:
+        output = self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
+        return output.score_B, output.failure_B
+
+    def close(self) -> None:
+        self.function.close()
+
+
+class Scorer:
+    """A weighted sum of sources: a failure of any is the failure of the episode, never a 0."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], max_failures: float) -> None:
+        self.sources = list(sources)
+        self.weights = list(weights)
+        self.max_failures = max_failures
+
+    def score(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> None:
+        """Fill in each episode's rewards, total and failure. Raises RewardError above the allowed share of failures."""
+        for episode in episodes:
+            episode.total = 0.0
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            scores, failures = source(episodes, rows)
+            for episode, score, failure in zip(episodes, scores, failures, strict=True):
+                if failure is not None or not np.isfinite(score):
+                    episode.failure = f"{source.name}: {failure or f'score {score}'}"
+                    episode.total = None
+                    continue
+                episode.rewards[source.name] = float(score)
+                if episode.total is not None:
+                    episode.total += weight * float(score)
+        failed = [e for e in episodes if e.failure]
+        if len(failed) > self.max_failures * len(episodes) or len(failed) == len(episodes):
+            raise RewardError(
+                f"{len(failed)} of {len(episodes)} rewards failed, the first with {failed[0].failure}",
+                f"mend the reward, or allow more with rl.max_failures (now {self.max_failures:g})",
+            )
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+
+def source_name(source: str) -> str:
+    """The short name of a reward: `learned` for a stage's model, else the function's own name."""
+    return "learned" if source.startswith("stage:") else source.rpartition(":")[2]

@@ -1,0 +1,110 @@
+"""All that changes during a stage, in one object: what a checkpoint holds and a resumed run starts from.
+
+Randomness has no state here: every order and every token is drawn from (seed, stage, step, item), so the counters
+below are enough. A rollout that is only half used is kept whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from upslope.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from upslope.errors import Interrupted, RecipeError
+from upslope.models.decoder import Decoder
+from upslope.training.run import Run
+from upslope.training.update import optimizer_tensors, restore_optimizer
+
+
+@dataclass
+class RunState:
+    """Model, optimizer and counters of the stage that runs.
+
+    step counts optimizer steps, rollout finished rollouts; pending holds the tensors of a rollout in use, and extra
+    the small state of controllers (the KL coefficient, skipped steps), as JSON values.
+    """
+
+    stage: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    rollout: int = 0
+    pending: dict[str, Tensor] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # spent in this stage before this start
+    began: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.began
+
+    def save(self, run: Run) -> Path:
+        """Write a checkpoint; Ctrl-C and crashes go back to the newest."""
+        tensors = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        if self.pending is not None:
+            tensors["pending"] = self.pending
+        state = {
+            "stage": self.stage,
+            "step": self.step,
+            "rollout": self.rollout,
+            "extra": self.extra,
+            "seconds": self.elapsed(),
+            "logs": run.log_sizes(),
+        }
+        path = save_checkpoint(_folder(run, self.stage), self.step, tensors=tensors, state=state, keep=2)
+        self.saved_at = time.monotonic()
+        return path
+
+    def save_if_due(self, run: Run) -> None:
+        if time.monotonic() - self.saved_at >= 60 * run.recipe.checkpoint_minutes:
+            self.save(run)
+
+    def restore(self, run: Run) -> bool:
+        """Take up the newest good checkpoint of this stage, if there is one."""
+        checkpoint: Checkpoint | None = load_checkpoint(_folder(run, self.stage))
+        if checkpoint is None:
+            return False
+        for skipped in checkpoint.skipped:
+            run.terminal.note(f"damaged checkpoint left aside: {skipped}")
+        self.model.load_state_dict(checkpoint.tensors("model"))
+        restore_optimizer(self.model, self.optimizer, checkpoint.tensors("optimizer"))
+        state = checkpoint.state
+        self.step, self.rollout, self.extra = state["step"], state["rollout"], state["extra"]
+        self.seconds = state["seconds"]
+        self.pending = checkpoint.tensors("pending") if checkpoint.has("pending") else None
+        run.terminal.note(f"{self.stage}: carries on after optimizer step {self.step}")
+        return True
+
+    def interrupt(self, run: Run) -> NoReturn:
+        """Save and raise Interrupted."""
+        self.save(run)
+        raise Interrupted(f"stopped in {self.stage} after optimizer step {self.step}, saved", "the same command carries on")
+
+    def finish(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
+        """Close the stage: its record is written and its checkpoints, which nothing needs any more, go."""
+        metrics = metrics | {"time/stage_s": self.elapsed()}
+        run.record("stage", stage=self.stage, status="end", seconds=self.elapsed(), metrics=metrics)
+        run.mark_done(self.stage, metrics)
+        shutil.rmtree(_folder(run, self.stage), ignore_errors=True)
+        return metrics
+
+
+def _folder(run: Run, stage: str) -> Path:
+    return run.stage_folder(stage) / "checkpoints"
+
+
+def freeze_lowest(model: Decoder, layers: int) -> None:
+    """Leave the embeddings and the lowest `layers` blocks as they are; 0 trains everything."""
+    if layers > len(model.blocks):
+        raise RecipeError(f"freeze_layers = {layers}: the model has {len(model.blocks)} blocks", "lower it")
+    if layers:
+        for name, parameter in model.named_parameters():
+            part, _, rest = name.partition(".")
+            low = part in ("embed", "position") or (part == "blocks" and int(rest.partition(".")[0]) < layers)
+            parameter.requires_grad_(not low)

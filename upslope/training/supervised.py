@@ -1,0 +1,104 @@
+"""Maximum likelihood on examples: the stages pretrain and sft.
+
+    loss = - sum over trained tokens of log p(token | before) / number of trained tokens in the optimizer batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upslope.algo import token_logprobs
+from upslope.config import Supervised
+from upslope.models.decoder import Decoder
+from upslope.ragged import Ragged
+from upslope.text.prepare import Example
+from upslope.text.tokenizer import Tokenizer
+from upslope.training.batches import batch_indices, micro_batches
+from upslope.training.export import export_policy
+from upslope.training.run import Run, peak_memory_gb
+from upslope.training.state import RunState, freeze_lowest
+from upslope.training.update import StopAsked, Stats, learning_rate, make_optimizer, optimizer_step
+
+
+def run_supervised(
+    run: Run, stage: str, cfg: Supervised, model: Decoder, tokenizer: Tokenizer, train: list[Example], valid: list[Example]
+) -> dict[str, float]:
+    """Fit the model, report the held-out loss before and after, write STAGE/model. Returns the closing metrics.
+
+    Raises Interrupted after saving when a stop is asked for.
+    """
+    freeze_lowest(model, cfg.freeze_layers)
+    state = RunState(stage, model, make_optimizer(model, cfg.optim))
+    valid = valid[: cfg.eval_examples]
+    if not state.restore(run):
+        state.extra["before"] = evaluate(run, stage, 0, model, valid, cfg.optim.micro_tokens)
+    try:
+        for step in range(state.step, cfg.steps):
+            batch = [train[i] for i in batch_indices(len(train), cfg.batch, step, run.recipe.seed, stage)]
+            metrics = supervised_step(run, state, cfg, batch)
+            state.step += 1
+            run.record("step", stage=stage, step=state.step, metrics=metrics)
+            run.progress(stage, state.step, cfg.steps, "update")
+            state.save_if_due(run)
+    except StopAsked:
+        state.interrupt(run)
+    after = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
+    before = state.extra["before"]
+    rows = [[name.removeprefix("valid/"), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
+    note = f"{len(valid)} examples of unseen groups" if run.recipe.data.group else f"{len(valid)} unseen examples"
+    run.record("table", stage=stage, title=f"{stage}: held-out loss", columns=["", "before", "after"], rows=rows, note=note)
+    export_policy(run, stage, model, tokenizer)
+    closing = {f"{k}_before": v for k, v in before.items()} | after
+    return state.finish(run, closing | {"memory/peak_gb": peak_memory_gb()})
+
+
+def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[Example]) -> dict[str, float]:
+    """One optimizer step on a batch of examples; its mean is over the trained tokens of the whole batch."""
+    trained = sum(sum(example.trained) for example in batch)
+    model = state.model
+    assert isinstance(model, Decoder)
+
+    def loss_of(part: list[int]) -> tuple[Tensor, Stats]:
+        logp_A = example_logprobs(model, [batch[i] for i in part])
+        return -logp_A.sum() / trained, {}
+
+    metrics = optimizer_step(
+        model,
+        state.optimizer,
+        micro_batches([len(e.ids) for e in batch], cfg.optim.micro_tokens),
+        loss_of,
+        lr=learning_rate(cfg.optim, state.step, cfg.steps),
+        clip_norm=cfg.optim.clip_norm,
+        should_stop=run.should_stop,
+    )
+    return metrics | {"tokens/trained": float(trained)}
+
+
+def example_logprobs(model: Decoder, examples: Sequence[Example]) -> Tensor:
+    """logp_A of every trained token that has a token before it, over the examples in turn."""
+    batch = Ragged.of([e.ids for e in examples]).to(model.device)
+    trained_N = torch.tensor([t for e in examples for t in e.trained], dtype=torch.bool)
+    target_A = torch.nonzero(trained_N & (batch.previous >= 0)).squeeze(1)
+    hidden_ND = model.hidden(batch)
+    logp_A, _ = token_logprobs(hidden_ND[batch.previous[target_A]], model.output_weight, batch.ids_N[target_A])
+    return logp_A
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run, stage: str, step: int, model: Decoder, examples: Sequence[Example], micro_tokens: int
+) -> dict[str, float]:
+    """Mean negative log-likelihood per trained token of held-out examples, and its exponential."""
+    total, count = 0.0, 0
+    for part in micro_batches([len(e.ids) for e in examples], 2 * micro_tokens):
+        logp_A = example_logprobs(model, [examples[i] for i in part])
+        total -= float(logp_A.double().sum())
+        count += logp_A.numel()
+    loss = total / count
+    metrics = {"valid/loss": loss, "valid/perplexity": math.exp(min(loss, 50.0))}
+    run.record("eval", stage=stage, step=step, metrics=metrics)
+    return metrics

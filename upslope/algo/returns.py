@@ -1,0 +1,113 @@
+"""Returns and advantages over flat tensors of action tokens.
+
+`starts` holds B + 1 offsets: episode b owns the action tokens starts[b] to starts[b + 1]. Time is counted in action
+tokens, whatever stood between them.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def discounted_returns(
+    reward_A: Float[Tensor, " A"],
+    starts: Int[Tensor, " B1"],
+    *,
+    gamma: float,
+    bootstrap_B: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, " A"]:
+    """The discounted sum of what is still to come, from each action on.
+
+        G_t = r_t + gamma G_{t+1},   G_T = bootstrap
+
+    bootstrap_B: what follows the last action: 0 when it was terminal, the critic's value when it was truncated.
+    """
+    return _discounted_sums(reward_A, starts, gamma, bootstrap_B)
+
+
+def gae(
+    reward_A: Float[Tensor, " A"],
+    value_A: Float[Tensor, " A"],
+    starts: Int[Tensor, " B1"],
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap_B: Float[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, " A"], Float[Tensor, " A"]]:
+    """Generalized advantage estimation: (advantage_A, return_A), both detached.
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma lam A_{t+1}
+        R_t     = A_t + V(s_t)
+
+    value_A is the value of the state in which each action was chosen; bootstrap_B that of the state after the last
+    one: 0 when terminal, the critic's when truncated. lam = 1 gives G_t - V(s_t), lam = 0 the TD error.
+    Schulman et al. 2015, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16
+    (arXiv 1506.02438).
+    """
+    reward_A, value_A = reward_A.detach(), value_A.detach()
+    next_A = torch.zeros_like(value_A)
+    next_A[:-1] = value_A[1:]
+    counts = starts[1:] - starts[:-1]
+    last = (starts[1:] - 1)[counts > 0]
+    next_A[last] = 0.0 if bootstrap_B is None else bootstrap_B.detach()[counts > 0].to(next_A.dtype)
+    advantage_A = _discounted_sums(reward_A + gamma * next_A - value_A, starts, gamma * lam, None)
+    return advantage_A, advantage_A + value_A
+
+
+def group_advantages(
+    score_B: Float[Tensor, " B"],
+    group_B: Int[Tensor, " B"],
+    *,
+    baseline: str = "mean",
+    scale: str = "none",
+) -> Float[Tensor, " B"]:
+    """A score against those of its group: one advantage per episode.
+
+        A_i = (s_i - b_i) / c,   b: 0, the group's mean, or the mean of its others;   c: 1 or the group's deviation
+
+    baseline: "mean", "leave_one_out", "none"; scale: "std" (population) or "none". A group whose scores are all equal
+    gets exactly 0 unless the baseline is "none"; "leave_one_out" needs groups of two or more. Raises ValueError.
+    GRPO (arXiv 2402.03300): mean and std; Dr.GRPO (arXiv 2503.20783): mean; RLOO (arXiv 2402.14740): leave_one_out.
+    """
+    if baseline not in ("mean", "leave_one_out", "none") or scale not in ("std", "none"):
+        raise ValueError(f"no baseline {baseline!r} or scale {scale!r}")
+    _, member_B = torch.unique(group_B, return_inverse=True)
+    groups = int(member_B.max()) + 1 if len(member_B) else 0
+    count = torch.bincount(member_B, minlength=groups)
+    if baseline == "leave_one_out" and bool((count < 2).any()):
+        raise ValueError("a leave-one-out baseline needs at least two samples in every group")
+    low = torch.full((groups,), torch.inf, dtype=score_B.dtype).scatter_reduce(0, member_B, score_B, "amin")
+    high = torch.full((groups,), -torch.inf, dtype=score_B.dtype).scatter_reduce(0, member_B, score_B, "amax")
+    varied_B = (high > low)[member_B]
+    mean = torch.zeros(groups, dtype=score_B.dtype).index_add(0, member_B, score_B) / count
+    centred_B = torch.where(varied_B, score_B - mean[member_B], torch.zeros_like(score_B))
+    advantage_B = score_B if baseline == "none" else centred_B
+    if baseline == "leave_one_out":
+        size_B = count[member_B].to(score_B.dtype)
+        advantage_B = advantage_B * size_B / (size_B - 1)
+    if scale == "std":
+        variance = torch.zeros(groups, dtype=score_B.dtype).index_add(0, member_B, centred_B**2) / count
+        std_B = variance.sqrt()[member_B]
+        advantage_B = torch.where(varied_B, advantage_B / torch.where(varied_B, std_B, 1.0), advantage_B)
+    return advantage_B
+
+
+def _discounted_sums(x_A: Tensor, starts: Tensor, decay: float, tail_B: Tensor | None) -> Tensor:
+    """y_t = x_t + decay y_{t+1} inside each episode, from its end; y after the last is tail.
+
+    Episodes are laid out in time order across, longest first, so that one vector operation advances all of them.
+    """
+    counts = starts[1:] - starts[:-1]
+    order = torch.argsort(counts, descending=True, stable=True)
+    counts, ends = counts[order], starts[1:][order]
+    tail = torch.zeros(len(counts), dtype=x_A.dtype) if tail_B is None else tail_B.detach()[order].to(x_A.dtype)
+    y_A = torch.empty_like(x_A)
+    longest = int(counts[0]) if len(counts) else 0
+    alive = torch.searchsorted(-counts, -torch.arange(longest), right=False).tolist() if longest else []
+    for back in range(longest):
+        live = alive[back]
+        place = ends[:live] - 1 - back
+        tail = x_A[place] + decay * tail[:live]
+        y_A[place] = tail
+    return y_A

@@ -1,0 +1,63 @@
+"""Element-wise operations with backward passes that read memory as few times as they can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32, returned in the dtype of x.
+
+    Zhang and Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv 1910.07467). Keeps x and one number a row;
+    on a CPU the composed operation is three times slower there and back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """dx = s (g - n mean(g n)), n = x s, g = dy weight;   dweight = sum over rows of dy n."""
+        x, weight, scale = ctx.saved_tensors
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        grad = grads[0].to(dtype)
+        normal = x.to(dtype) * scale
+        grad_weight = torch.linalg.vecdot(grad, normal, dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        share = torch.linalg.vecdot(grad, normal).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = grad.addcmul_(normal, share, value=-1).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """y = silu(gate) * up, keeping only its two inputs. Shazeer 2020, "GLU Variants" (arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """dgate = dy up s (1 + gate (1 - s)),  dup = dy gate s,  s = sigmoid(gate)."""
+        gate, up = ctx.saved_tensors
+        grad = grads[0]
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, halves convention: x (..., heads, d), cos and sin (..., 1, d/2), in the dtype of x.
+
+    (a, b) -> (a cos - b sin, b cos + a sin). Su et al. 2021 (arXiv 2104.09864).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

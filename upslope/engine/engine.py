@@ -1,0 +1,171 @@
+"""Continuous batching: prefill what waits, step what runs, retire what ends, until nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from upslope.algo.random import uniform
+from upslope.engine.sampling import choose, log_distribution
+from upslope.engine.scheduler import Admission, Scheduler
+from upslope.engine.types import Completion, Finish, Request
+from upslope.errors import DataError, Interrupted, RunError
+from upslope.models.decoder import Decoder, DecoderConfig
+from upslope.models.runner import DecoderCache
+from upslope.ragged import Ragged
+
+PREFILL_TOKENS = 2048  # prompt tokens computed at once
+PIECE = 8  # tokens decoded to look for a stop text: as many as its characters, and these for its edges
+
+
+class Runner(Protocol):
+    """What a model kind offers the engine; see models/runner.py."""
+
+    config: DecoderConfig
+    device: torch.device
+    output_weight: Tensor
+
+    def load(self, model: Decoder) -> None: ...
+    def checksum(self) -> str: ...
+    def new_cache(self, slots: int, capacity: int) -> DecoderCache: ...
+    def prefill(self, cache: DecoderCache, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor: ...
+    def step(self, cache: DecoderCache, ids_S: Tensor) -> Tensor: ...
+
+
+class Engine:
+    """Generation over one runner.
+
+    text_of turns ids into text, for stop texts; valid_vocab is the tokenizer's size where the model's is padded.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        eos_id: int | Sequence[int],
+        slots: int = 64,
+        seed: int = 0,
+        text_of: Callable[[list[int]], str] | None = None,
+        valid_vocab: int | None = None,
+    ) -> None:
+        self.runner = runner
+        self.eos = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+        self.slots = slots
+        self.seed = seed
+        self.text_of = text_of
+        self.valid_vocab = valid_vocab
+        self.version = 0
+        self.checksum = ""
+
+    def load(self, model: Decoder, version: int) -> None:
+        """Take over a model's weights under a version number. Raises RunError when a new version changed nothing."""
+        self.runner.load(model)
+        checksum = self.runner.checksum()
+        if version > self.version and version > 1 and checksum == self.checksum:
+            raise RunError(f"weights of version {version} did not reach the engine", "the update changed nothing: raise optim.lr")
+        self.version, self.checksum = version, checksum
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        step: int,
+        progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        """All samples of all requests, in their order. `step` keys the random numbers together with the seed.
+
+        Raises DataError before any work for a prompt that is empty or does not fit the context, Interrupted when
+        should_stop answers yes between two tokens.
+        """
+        self._check(requests)
+        scheduler = Scheduler(requests, self.slots, self.version)
+        total = len(scheduler.waiting)
+        if not total:
+            return []
+        capacity = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
+        cache = self.runner.new_cache(min(self.slots, total), capacity)
+        tokens = 0
+        while not scheduler.done:
+            if should_stop is not None and should_stop():
+                raise Interrupted("generation was stopped", "the same command carries on")
+            live = len(scheduler.running)
+            pending = [c.ids[-1] for c in scheduler.running]
+            hidden = [self.runner.step(cache, torch.tensor(pending))] if live else []
+            for admission, row in self._admit(scheduler, cache):
+                hidden.append(row.expand(len(admission.slots), -1))
+            ended = self._extend(scheduler, torch.cat(hidden), step)
+            tokens += len(scheduler.running)
+            for source, target in scheduler.retire(ended):
+                cache.move(source, target)
+            if progress is not None:
+                progress(tokens, len(scheduler.finished))
+        return scheduler.results()
+
+    def _admit(self, scheduler: Scheduler, cache: DecoderCache) -> list[tuple[Admission, Tensor]]:
+        admissions = scheduler.admit(PREFILL_TOKENS)
+        if not admissions:
+            return []
+        prompts = Ragged.of([scheduler.requests[a.request].prompt_ids for a in admissions])
+        hidden_PD = self.runner.prefill(cache, prompts, [a.slots for a in admissions])
+        return [(a, hidden_PD[p : p + 1]) for p, a in enumerate(admissions)]
+
+    def _extend(self, scheduler: Scheduler, hidden_SD: Tensor, step: int) -> list[int]:
+        """Choose a token for every running slot and append it; returns the slots that ended."""
+        running = scheduler.running
+        asked = [scheduler.requests[c.request] for c in running]
+        sampling = [r.sampling for r in asked]
+        temperature_S = torch.tensor([s.temperature for s in sampling], device=hidden_SD.device)
+        logits_SV = _project(hidden_SD, self.runner.output_weight)
+        logp_SV = log_distribution(
+            logits_SV, temperature_S, [s.top_k for s in sampling], [s.top_p for s in sampling], self.valid_vocab
+        )
+        keys, samples = [r.key for r in asked], [c.sample for c in running]
+        drawn = uniform(self.seed, step, keys, samples, [len(c.ids) for c in running])
+        uniform_S = torch.from_numpy(drawn).to(hidden_SD.device)
+        id_S, logp_S = choose(logp_SV, uniform_S, temperature_S == 0)
+        ended = []
+        for slot, (completion, token, logp) in enumerate(zip(running, id_S.tolist(), logp_S.tolist(), strict=True)):
+            completion.ids.append(token)
+            completion.logp.append(logp)
+            finish = self._finish(completion, asked[slot])
+            if finish is not None:
+                completion.finish = finish
+                ended.append(slot)
+        return ended
+
+    def _finish(self, completion: Completion, request: Request) -> Finish | None:
+        if completion.ids[-1] in self.eos:
+            return "eos"
+        stops = request.sampling.stop
+        if stops and self.text_of is not None:
+            recent = completion.ids[-(max(len(s) for s in stops) + PIECE) :]
+            if any(stop in self.text_of(recent) for stop in stops):
+                return "stop"
+        return "length" if len(completion.ids) >= request.sampling.max_tokens else None
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        context = self.runner.config.context
+        for number, request in enumerate(requests):
+            length, limit = len(request.prompt_ids), request.sampling.max_tokens
+            if not length:
+                raise DataError(f"prompt {number} has no tokens", "give it at least one, or a BOS")
+            if length + limit > context:
+                raise DataError(
+                    f"prompt {number} has {length} tokens and may get {limit} more; the model's context is {context}",
+                    "shorten the prompt or lower max_tokens",
+                )
+            if request.sampling.stop and self.text_of is None:
+                raise DataError(f"prompt {number} has stop texts but the engine has no tokenizer", "give it text_of")
+
+
+def _project(hidden_SD: Tensor, weight_VD: Tensor) -> Tensor:
+    """logits_SV; few rows are padded, since a bf16 product of one row is slow on CPUs."""
+    rows = len(hidden_SD)
+    if rows < 8 and hidden_SD.device.type == "cpu":
+        hidden_SD = torch.nn.functional.pad(hidden_SD, (0, 0, 0, 8 - rows))
+    return torch.nn.functional.linear(hidden_SD, weight_VD)[:rows]

@@ -1,0 +1,70 @@
+"""From logits to one token a row, with one uniform number each.
+
+The inverse of the cumulative distribution is found in two levels, sums of blocks and then inside one block: this
+reads the vocabulary once and draws no number per entry.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+
+def log_distribution(
+    logits_SV: Tensor, temperature_S: Tensor, top_k: list[int], top_p: list[float], valid: int | None
+) -> Tensor:
+    """log p_SV in fp32 of the distribution to sample from: tempered, cut to top-k and top-p, normalised again.
+
+    temperature 0 leaves the distribution itself (its rows take the most probable token). Entries from `valid` on are
+    padding of the vocabulary: never sampled.
+    """
+    logits_SV = logits_SV.float()
+    if valid is not None and valid < logits_SV.shape[1]:
+        logits_SV[:, valid:] = float("-inf")
+    if bool((temperature_S != 1).any()):
+        logits_SV = logits_SV / torch.where(temperature_S == 0, 1.0, temperature_S)[:, None]
+    logp_SV = torch.log_softmax(logits_SV, dim=-1)
+    for row, (k, p) in enumerate(zip(top_k, top_p, strict=True)):
+        if 0 < k < logp_SV.shape[1] or p < 1:
+            logp_SV[row] = torch.log_softmax(_cut(logp_SV[row], k, p), dim=-1)
+    return logp_SV
+
+
+def _cut(logp_V: Tensor, k: int, p: float) -> Tensor:
+    """Keep the k most probable and, of those, the fewest whose mass reaches p; equal ones by lower id first."""
+    values, order = torch.sort(logp_V, descending=True, stable=True)
+    if 0 < k < len(values):
+        values[k:] = float("-inf")
+    if p < 1:
+        mass = torch.softmax(values, dim=0)
+        before = mass.cumsum(0) - mass
+        values[before >= p] = float("-inf")
+    return torch.empty_like(logp_V).scatter_(0, order, values)
+
+
+def choose(logp_SV: Tensor, uniform_S: Tensor, greedy_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(id_S, logp_S): the token at which the cumulative distribution passes the row's uniform number.
+
+    A token of probability 0 is never chosen: where rounding leads past the end, the last possible one is taken.
+    """
+    rows, vocabulary = logp_SV.shape
+    width = -vocabulary % BLOCK
+    p_SV = torch.nn.functional.pad(logp_SV, (0, width), value=float("-inf")).exp_() if width else logp_SV.exp()
+    blocks = p_SV.view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).double().cumsum(-1)
+    goal = uniform_S.double()[:, None] * sums[:, -1:]
+    block = torch.searchsorted(sums, goal, right=True).clamp_max(sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp_min(0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
+    offset = torch.searchsorted(inside, goal - before, right=True).clamp_max(BLOCK - 1)
+    ids_S = (block * BLOCK + offset).squeeze(1)
+    impossible = p_SV.gather(1, ids_S[:, None]).squeeze(1) == 0
+    if bool(impossible.any()):
+        possible = (p_SV > 0) & (torch.arange(p_SV.shape[1], device=p_SV.device) <= ids_S[:, None])
+        last = p_SV.shape[1] - 1 - possible.flip(1).to(torch.uint8).argmax(1)
+        ids_S = torch.where(impossible, torch.where(possible.any(1), last, logp_SV.argmax(-1)), ids_S)
+    if bool(greedy_S.any()):
+        ids_S = torch.where(greedy_S, logp_SV.argmax(-1), ids_S)
+    return ids_S, logp_SV.gather(1, ids_S[:, None]).squeeze(1)

@@ -1,0 +1,173 @@
+"""Rows from files, the hub or Python, as a `datasets` table; what is wrong with a file is told by line number."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import difflib
+import gzip
+import json
+import lzma
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from upslope.errors import DataError
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def load_rows(source: Any, *, limit: int | None = None) -> Dataset:
+    """A table of rows. source: a csv, tsv, jsonl, json or parquet file (also .gz, .bz2, .xz), a hub id, a Dataset or
+    a list of dicts. Raises DataError."""
+    if isinstance(source, Dataset):
+        table = source
+    elif isinstance(source, DatasetDict):
+        raise DataError(f"the rows have splits {list(source)}", "give one of them: upslope splits by itself")
+    elif isinstance(source, Path) or (isinstance(source, str) and Path(source).exists()):
+        return _from_file(Path(source), limit)
+    elif isinstance(source, str):
+        table = _from_hub(source)
+    else:
+        table = _from_list(source)
+    if not len(table):
+        raise DataError("there are no rows", "give at least one")
+    return table.select(range(min(limit, len(table)))) if limit else table
+
+
+def require_columns(rows: Dataset, names: Sequence[str], source: str) -> None:
+    """Raise DataError for a column that is not there, with the nearest name."""
+    for name in names:
+        if name not in rows.column_names:
+            near = difflib.get_close_matches(name, rows.column_names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(f"{source} has no column {name!r}", f"{hint}it has {', '.join(rows.column_names)}")
+
+
+def _from_list(source: Any) -> Dataset:
+    if not isinstance(source, Sequence) or not all(isinstance(row, dict) for row in source):
+        raise DataError(f"rows of type {type(source).__name__}", "give a datasets.Dataset or a list of dicts")
+    try:
+        return Dataset.from_list(list(source))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the rows do not make a table: {error}", "use the same keys and types in every row") from None
+
+
+def _from_hub(name: str) -> Dataset:
+    try:
+        return load_dataset(name, split="train")
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"no dataset {name!r} here, and the hub does not give it: {reason[:120]}", "check the name") from None
+
+
+def _from_file(path: Path, limit: int | None) -> Dataset:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", "name a file in it")
+    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+    if kind == ".parquet":
+        return _from_parquet(path, limit)
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
+    if kind not in readers:
+        raise DataError(f"{path}: files of kind {kind or 'without an ending'} are not read", "use csv, tsv, jsonl, json, parquet")
+    columns: dict[str, list[Any]] = {}
+    count = 0
+    try:
+        for number, row in readers[kind](path):
+            _append(columns, row, count, path, number)
+            count += 1
+            if limit and count >= limit:
+                break
+    except (EOFError, OSError, lzma.LZMAError) as error:
+        raise DataError(f"cannot read {path}: {error}", "check that the file is whole and may be read") from None
+    if not count:
+        raise DataError(f"{path} has no rows", "give it at least one")
+    try:
+        return Dataset.from_dict(columns)
+    except Exception as error:  # pyarrow raises several kinds for a column of mixed types
+        raise DataError(f"{path}: {str(error).splitlines()[0]}", "give every column one type") from None
+
+
+def _append(columns: dict[str, list[Any]], row: dict[str, Any], count: int, path: Path, number: int) -> None:
+    for name in row:
+        if name not in columns:
+            columns[name] = [None] * count
+    for name, values in columns.items():
+        values.append(row.get(name))
+
+
+def _from_parquet(path: Path, limit: int | None) -> Dataset:
+    try:
+        table = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # pyarrow raises several kinds for a damaged file
+        raise DataError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}", "write it again") from None
+    if not len(table):
+        raise DataError(f"{path} has no rows", "give it at least one")
+    return table.select(range(min(limit, len(table)))) if limit else table
+
+
+def _open(path: Path) -> IO[bytes]:
+    if not path.is_file():
+        raise DataError(f"no such file: {path}", "check the path")
+    opener = OPENERS.get(path.suffix)
+    return opener(path, "rb") if opener else path.open("rb")  # type: ignore[return-value]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Decoded lines with their ends. Raises DataError naming the line that is not UTF-8."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                place = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+                raise DataError(f"{path}, line {number} is not UTF-8: {place}", "save the file as UTF-8") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}", "mend or remove that line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is a {type(row).__name__}, not an object", "write one {...} a line")
+        yield number, row
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = json.loads("".join(_lines(path)))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", "mend it, or use jsonl") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} is not a list of objects", "write [{...}, {...}], or use jsonl")
+    yield from enumerate(rows, 1)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    reader = csv.reader(_lines(path), delimiter=separator, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}, line {reader.line_num} has {len(row)} fields, the header {len(header)}", "mend that line"
+                )
+            yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}", "mend that line") from None
+
+
+__all__ = ["load_rows", "require_columns"]

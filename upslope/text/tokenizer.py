@@ -1,0 +1,107 @@
+"""Text to token ids and back, by the model's own tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, logging
+
+from upslope.errors import DataError
+
+
+class Tokenizer:
+    """One tokenizer of transformers, with the few answers that training needs."""
+
+    def __init__(self, inner: Any, source: str) -> None:
+        if inner.eos_token_id is None:
+            raise DataError(f"the tokenizer of {source} has no EOS token", "set eos_token: without it nothing learns to end")
+        self.inner = inner
+        self.source = source
+        self.eos_id: int = int(inner.eos_token_id)
+        self.bos_id: int | None = None if inner.bos_token_id is None else int(inner.bos_token_id)
+        self.vocab_size: int = len(inner)
+        encoded = inner("a").input_ids
+        self.adds_bos: bool = self.bos_id is not None and len(encoded) > 0 and encoded[0] == self.bos_id
+        vocabulary = "\n".join(f"{token}\t{number}" for token, number in sorted(inner.get_vocab().items()))
+        self.fingerprint: str = hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    @staticmethod
+    def load(source: Path | str) -> Tokenizer:
+        """From a folder in Hugging Face layout, a .gguf file or a hub id. Raises DataError."""
+        path = Path(source)
+        logging.set_verbosity_error()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if path.suffix == ".gguf":
+                    inner = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+                else:
+                    inner = AutoTokenizer.from_pretrained(str(source))
+        except Exception as error:  # transformers raises many kinds for files it cannot use
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            raise DataError(f"no usable tokenizer in {source}: {reason}", "name a folder with tokenizer.json, or a .gguf") from None
+        return Tokenizer(inner, str(source))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text, with the one BOS in front that the model wants (none for `special` False), never an EOS."""
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False)
+        if special and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        text: str = self.inner.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds; a character of several tokens is added by its last one."""
+        pieces, shown = [], ""
+        for n in range(1, len(ids) + 1):
+            text = self.decode(ids[:n], skip_special=False)
+            settled = text.rstrip("\ufffd") if n < len(ids) else text
+            pieces.append(settled[len(shown) :])
+            shown = settled
+        return pieces
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation by the chat template, ready for the assistant to go on. Raises DataError."""
+        return self.encode(self._chat_text(messages, generation_prompt), special=False)
+
+    def chat_example(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+        """(ids, trained): what the assistant says is trained, its end-of-turn token included, nothing else."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.chat(messages[:turn], generation_prompt=True)
+            until = self.chat(messages[: turn + 1], generation_prompt=False)
+            if until[: len(before)] != before or before[: len(ids)] != ids:
+                raise DataError(
+                    f"the chat template of {self.source} does not grow turn by turn", "use one row for each assistant turn"
+                )
+            trained += [False] * (len(before) - len(ids))
+            answer = until[len(before) :]
+            end = max((i for i, token in enumerate(answer) if token == self.eos_id), default=len(answer) - 1)
+            trained += [i <= end for i in range(len(answer))]
+            ids = until
+        return ids, trained
+
+    def save(self, folder: Path) -> None:
+        """Write it in Hugging Face layout."""
+        self.inner.save_pretrained(str(folder))
+
+    def _chat_text(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
+        if not self.inner.chat_template:
+            raise DataError(f"the tokenizer of {self.source} has no chat template", "use plain prompts")
+        try:
+            text: str = self.inner.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # a template raises what its author wrote
+            raise DataError(f"the chat template refuses these messages: {error}", "check roles and order") from None
+        return text

@@ -14,6 +14,7 @@ from upslope.engine import Completion, Engine, Request, Sampling
 from upslope.errors import ModelError, RecipeError
 from upslope.models.decoder import Decoder
 from upslope.models.hf import load_decoder, save_decoder
+from upslope.models.runner import DecoderRunner
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.pipeline import Given, run_pipeline
@@ -102,7 +103,7 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     model = load_decoder(resolve(path), dtype=chosen).requires_grad_(False)
     model.compute_dtype = chosen
     model.to(device)
-    engine = Engine(model.runner(chosen), eos_id=tokenizer.eos_id, slots=slots, seed=0, text_of=tokenizer.decode)
+    engine = Engine(DecoderRunner(model, dtype=chosen), eos_id=tokenizer.eos_id, slots=slots, seed=0, text_of=tokenizer.decode)
     engine.load(model, version=0)
     return LoadedModel(model, tokenizer, engine, path)
 

@@ -11,6 +11,7 @@ from upslope.algo import token_logprobs
 from upslope.engine import Engine
 from upslope.evaluate import Estimate, Outcome, estimates, table_rows
 from upslope.models.decoder import Decoder
+from upslope.models.runner import DecoderRunner
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.batches import micro_batches
@@ -37,7 +38,7 @@ def evaluate_policies(
         run.progress("eval", 0.1 + number, len(policies) + 0.5, "generate")
         rl = run.recipe.rl
         assert rl is not None
-        runner = policy.runner(run.dtype)
+        runner = DecoderRunner(policy, dtype=run.dtype)
         engine = Engine(runner, eos_id=tokenizer.eos_id, slots=rl.slots, seed=run.recipe.seed, text_of=tokenizer.decode)
         engine.load(policy, version=number)
         keys = list(range(len(prompts)))

@@ -15,6 +15,7 @@ from upslope.errors import DataError, ModelError, UpslopeError
 from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.hf import load_decoder
+from upslope.models.runner import DecoderRunner
 from upslope.observe.report import write_report
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
@@ -51,11 +52,10 @@ class Pipeline:
 
     def source_of(self, stage: str) -> str:
         """The model that a stage starts from: its own init, the nearest policy stage before it, or the recipe's."""
-        init = getattr(self.recipe, stage).init if stage != "eval" else None
+        init = getattr(self.recipe, stage).init
         if init:
             return str(init)
-        order = [s for s in self.recipe.stages if s in POLICY_STAGES]
-        before = [s for s in order if stage == "reward" and s != "rl" or s in order[: _index(order, stage)]]
+        before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
         return str(self.run.stage_folder(before[-1]) / "model") if before else self.recipe.model
 
     def decoder(self, source: str, *, trained: bool) -> Decoder:
@@ -185,7 +185,7 @@ def _rl(p: Pipeline) -> None:
             "lower rl.max_tokens or data.max_tokens",
         )
     engine = Engine(
-        policy.runner(p.run.dtype),
+        DecoderRunner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,
         slots=rl.slots,
         seed=p.recipe.seed,
@@ -231,10 +231,6 @@ STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
 def _held_out(splits: Splits) -> Any:
     """What the fitting stages report on: the validation side, so that the test side is opened once, at the end."""
     return splits["valid"]
-
-
-def _index(order: list[str], stage: str) -> int:
-    return order.index(stage) if stage in order else len(order)
 
 
 def _report_if_possible(run: Run) -> None:

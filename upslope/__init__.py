@@ -1,20 +1,22 @@
 """upslope trains language models from theory to practice: supervised learning, rewards, policy gradients, and back.
 
-    upslope.train("recipe.toml")                                   a run, from a file or a shipped recipe's name
-    upslope.train("recipe.toml", reward=my_function, rows=my_rows)  the same with your own objects
-    upslope.load("runs/sentiment-ppo").generate(["It is a"])        what came of it
+upslope.train("recipe.toml")                                   a run, from a file or a shipped recipe's name
+upslope.train("recipe.toml", reward=my_function, rows=my_rows)  the same with your own objects
+upslope.load("runs/sentiment-ppo").generate(["It is a"])        what came of it
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upslope.version import VERSION
+
 if TYPE_CHECKING:
     from upslope.api import LoadedModel as LoadedModel
     from upslope.api import load as load
     from upslope.api import train as train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["LoadedModel", "__version__", "load", "train"]
 
 

@@ -70,7 +70,9 @@ class LoadedModel:
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         return [self.tokenizer.decode(c.ids) for c in self.complete(ids, sampling, samples=samples, seed=seed)]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0
+    ) -> str:
         """The assistant's next turn after some messages ({"role", "content"}), by the model's own chat template."""
         ids = self.tokenizer.chat([dict(m) for m in messages])
         found = self.complete([ids], Sampling(max_tokens=max_tokens, temperature=temperature), samples=1, seed=seed)
@@ -81,7 +83,8 @@ class LoadedModel:
     ) -> list[Completion]:
         """The same on token ids: ids, log-probabilities and finish reason of each completion."""
         requests = [
-            Request(prompt_ids=tuple(ids), key=key, samples=samples, sampling=sampling) for key, ids in enumerate(prompts)
+            Request(prompt_ids=tuple(ids), key=key, samples=samples, sampling=sampling)
+            for key, ids in enumerate(prompts)
         ]
         return self.engine.generate(requests, step=seed)
 
@@ -103,7 +106,9 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     model = load_decoder(resolve(path), dtype=chosen).requires_grad_(False)
     model.compute_dtype = chosen
     model.to(device)
-    engine = Engine(DecoderRunner(model, dtype=chosen), eos_id=tokenizer.eos_id, slots=slots, seed=0, text_of=tokenizer.decode)
+    engine = Engine(
+        DecoderRunner(model, dtype=chosen), eos_id=tokenizer.eos_id, slots=slots, seed=0, text_of=tokenizer.decode
+    )
     engine.load(model, version=0)
     return LoadedModel(model, tokenizer, engine, path)
 

@@ -81,7 +81,9 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(f"cannot write the checkpoint {final}: {reason}", "free space or mend the folder; older ones stand") from error
+        raise RunError(
+            f"cannot write the checkpoint {final}: {reason}", "free space or mend the folder; older ones stand"
+        ) from error
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     for stale in folder.glob("partial-*"):
@@ -136,7 +138,9 @@ class RunLock:
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
             self.file.close()
-            raise RunError(f"{folder} is in use by process {holder}", "wait for it, or choose another folder with -o") from None
+            raise RunError(
+                f"{folder} is in use by process {holder}", "wait for it, or choose another folder with -o"
+            ) from None
         self.file.seek(0)
         self.file.truncate()
         self.file.write(str(os.getpid()))

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from upslope import __version__
 from upslope.errors import UpslopeError
+from upslope.version import VERSION
 
 app = typer.Typer(
     name="upslope",
@@ -33,10 +33,12 @@ Seed = Annotated[int, typer.Option(min=0)]
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors (before the command's name).")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors (before the command's name).")
+    ] = False,
 ) -> None:
     if version:
-        typer.echo(f"upslope {__version__}")
+        typer.echo(f"upslope {VERSION}")
         raise typer.Exit
 
 
@@ -59,14 +61,16 @@ def train(
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts; the recipe's number unless given.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Held-out prompts; the recipe's number unless given.")
+    ] = None,
     judge: Annotated[list[str] | None, typer.Option(help="Another judge: module:function or file.py:function.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another seed for the samples.")] = None,
+    draw: Annotated[int, typer.Option(min=0, help="Another number draws other completions.")] = 0,
 ) -> None:
-    """Evaluate a finished run again on held-out prompts, before and after rl; the run's folder stays as it is."""
+    """Evaluate a finished run again on its held-out prompts, into RUN/evaluations."""
     from upslope.training.reevaluate import reevaluate
 
-    reevaluate(run, prompts=prompts, judges=judge or [], seed=seed)
+    reevaluate(run, prompts=prompts, judges=judge or [], draw=draw)
 
 
 @app.command()
@@ -143,7 +147,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None,
+) -> None:
     """List the shipped recipes, or print one: upslope recipes sentiment-ppo > mine.toml"""
     from upslope.config import find_recipe, shipped_recipes
 

@@ -240,7 +240,9 @@ def find_recipe(source: str | Path) -> Path:
     if path.is_dir():
         raise RecipeError(f"recipe {str(path)!r} is a folder", "name a .toml file")
     near = difflib.get_close_matches(path.stem, shipped, 1) or list(shipped)
-    raise RecipeError(f"no recipe {str(source)!r}", f"write a file of that name or use a shipped one: {', '.join(near)}")
+    raise RecipeError(
+        f"no recipe {str(source)!r}", f"write a file of that name or use a shipped one: {', '.join(near)}"
+    )
 
 
 def describe(recipe: Recipe) -> list[str]:
@@ -256,8 +258,8 @@ def describe(recipe: Recipe) -> list[str]:
     if recipe.rl:
         rl = recipe.rl
         lines.append(
-            f"rl: {rl.steps} rollouts x {rl.prompts} prompts x {rl.samples} samples = {rl.steps * rl.episodes} episodes "
-            f"of up to {rl.max_tokens} tokens; {rl.epochs} epochs x {rl.minibatches} minibatches of "
+            f"rl: {rl.steps} rollouts x {rl.prompts} prompts x {rl.samples} samples = {rl.steps * rl.episodes} "
+            f"episodes of up to {rl.max_tokens} tokens; {rl.epochs} epochs x {rl.minibatches} minibatches of "
             f"{rl.episodes // rl.minibatches} episodes = {rl.steps * rl.epochs * rl.minibatches} optimizer steps"
         )
     return lines

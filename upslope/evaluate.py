@@ -39,7 +39,7 @@ class Outcome:
     ended_P: np.ndarray
 
     def statistics(self) -> dict[str, tuple[Statistic, int]]:
-        """Name -> (statistic over drawn prompts, digits shown). A nan score (a failed reward) is left out of its mean."""
+        """Name -> (statistic over drawn prompts, digits shown). A failed reward (nan) is left out of its mean."""
         table: dict[str, tuple[Statistic, int]] = {}
         for name, values in self.scores.items():
             table[name] = (lambda i, v=values: float(np.nanmean(v[i])), 3)  # type: ignore[misc]
@@ -80,7 +80,9 @@ def estimates(outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS) -> 
         if len(outcomes) == 2:
             values.append(values[1] - values[0])
             samples.append(samples[1] - samples[0])
-        result[name] = [_estimate(v, s, centred=name.startswith("distinct")) for v, s in zip(values, samples, strict=True)]
+        result[name] = [
+            _estimate(v, s, centred=name.startswith("distinct")) for v, s in zip(values, samples, strict=True)
+        ]
     return result
 
 

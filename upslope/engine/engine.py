@@ -65,7 +65,9 @@ class Engine:
         self.runner.load(model)
         checksum = self.runner.checksum()
         if version > self.version and version > 1 and checksum == self.checksum:
-            raise RunError(f"weights of version {version} did not reach the engine", "the update changed nothing: raise optim.lr")
+            raise RunError(
+                f"weights of version {version} did not reach the engine", "the update changed nothing: raise optim.lr"
+            )
         self.version, self.checksum = version, checksum
 
     @torch.no_grad()

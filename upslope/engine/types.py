@@ -31,7 +31,9 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1),
         ):
             if not fits:
-                raise RecipeError(f"sampling: {name} = {value}", "max_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1")
+                raise RecipeError(
+                    f"sampling: {name} = {value}", "max_tokens >= 1, temperature and top_k >= 0, 0 < top_p <= 1"
+                )
         if "" in self.stop:
             raise RecipeError("sampling: an empty stop text ends everything", "remove it")
 

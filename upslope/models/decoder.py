@@ -120,9 +120,7 @@ class Block(nn.Module):
         return self.down(ACTIVATIONS[self.config.activation](self.gate(h)) * self.up(h))
 
 
-def position_heads(
-    block: Block, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def position_heads(block: Block, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Head norms, where the shape has them, then rotary positions, where it has those."""
     if block.q_norm is not None and block.k_norm is not None:
         q, k = block.q_norm(q), block.k_norm(k)

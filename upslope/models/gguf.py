@@ -23,7 +23,9 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, Iterator[tuple[str, Tensor]]]:
     try:
         reader = GGUFReader(path)
     except Exception as error:  # the package raises whatever a damaged header leads it to
-        raise ModelError(f"{path} is not a whole GGUF file: {error or type(error).__name__}", "fetch it again") from None
+        raise ModelError(
+            f"{path} is not a whole GGUF file: {error or type(error).__name__}", "fetch it again"
+        ) from None
     return _config(reader, path), _weights(reader, path)
 
 
@@ -68,7 +70,9 @@ def _weights(reader: GGUFReader, path: Path) -> Iterator[tuple[str, Tensor]]:
             array = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
             array = array.reshape([int(n) for n in reversed(tensor.shape)])
         except (NotImplementedError, ValueError, KeyError) as error:
-            raise ModelError(f"{path}: {tensor.name} cannot be read: {error}", "fetch it again, or another type") from None
+            raise ModelError(
+                f"{path}: {tensor.name} cannot be read: {error}", "fetch it again, or another type"
+            ) from None
         if kind == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             array = _halves(array, heads if tensor.name.endswith("attn_q.weight") else kv_heads)
         yield tensor.name, torch.from_numpy(np.ascontiguousarray(array))

@@ -71,7 +71,9 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: Decoder, critic: str, critic_trunk: Decoder | None = None) -> None:
         super().__init__()
         if critic not in CRITICS or (critic == "separate") != (critic_trunk is not None):
-            raise ModelError(f"critic {critic!r} with{'' if critic_trunk else 'out'} a trunk of its own cannot be", "mend it")
+            raise ModelError(
+                f"critic {critic!r} with{'' if critic_trunk else 'out'} a trunk of its own cannot be", "mend it"
+            )
         self.policy = policy
         self.kind = critic
         self.value_head = ScalarHead(policy.config.width) if critic != "none" else None
@@ -106,5 +108,3 @@ class ActorCritic(nn.Module):
         if self.critic_trunk is not None:
             return self.critic_trunk.hidden(batch)
         return hidden_ND.detach() if self.kind == "detached" else hidden_ND
-
-

@@ -23,7 +23,13 @@ from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.gguf import read_gguf
 from upslope.models.names import GGUF, HUGGING_FACE, Names
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -52,10 +58,14 @@ def load_decoder(source: Path | str, *, dtype: torch.dtype = torch.float32) -> D
 def download(source: str) -> Path:
     """The local copy of a hub model's configuration, weights and tokenizer. Raises ModelError."""
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no model {source!r} here, and the hub does not give it: {reason[:120]}", "check the name") from None
+        raise ModelError(
+            f"no model {source!r} here, and the hub does not give it: {reason[:120]}", "check the name"
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,7 +74,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ModelError(f"{folder} has no config.json", "name a folder in Hugging Face layout, or a .gguf file") from None
+        raise ModelError(
+            f"{folder} has no config.json", "name a folder in Hugging Face layout, or a .gguf file"
+        ) from None
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}", "write the model's folder again") from None
     if raw.get("model_type") not in HUGGING_FACE:
@@ -147,7 +159,11 @@ def save_decoder(model: Decoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    raw = _their_config(model.config, kind) | {"architectures": [CLASSES[kind]], "model_type": kind, "torch_dtype": dtype}
+    raw = _their_config(model.config, kind) | {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        "torch_dtype": dtype,
+    }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
@@ -226,7 +242,9 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     else:
         files = sorted(path.name for path in folder.glob("model*.safetensors"))
     if not files:
-        raise ModelError(f"{folder} has no model.safetensors", "upslope reads no pickled weights: save it as safetensors")
+        raise ModelError(
+            f"{folder} has no model.safetensors", "upslope reads no pickled weights: save it as safetensors"
+        )
     for name in files:
         try:
             with safe_open(folder / name, framework="pt") as tensors:

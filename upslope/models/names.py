@@ -24,7 +24,11 @@ class Names:
 
 
 LLAMA = Names(
-    outside={"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"},
+    outside={
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
     blocks={
         "attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
         "q.weight": "model.layers.{i}.self_attn.q_proj.weight",

@@ -62,8 +62,8 @@ class Layer:
         _copy_into(self.gate_up, *([block.gate.weight] if block.gate is not None else []), block.up.weight)
         self.o.copy_(block.o.weight)
         self.down.copy_(block.down.weight)
-        bias = [m.bias for m in (block.q, block.k, block.v) if m.bias is not None]
-        both = [m.bias for m in (block.gate, block.up) if m is not None and m.bias is not None]
+        bias: list[Tensor] = [m.bias for m in (block.q, block.k, block.v) if m.bias is not None]
+        both: list[Tensor] = [m.bias for m in (block.gate, block.up) if m is not None and m.bias is not None]
         self.small = {
             "qkv_bias": torch.cat(bias).to(self.dtype) if bias else None,
             "gate_up_bias": torch.cat(both).to(self.dtype) if both else None,

@@ -25,7 +25,9 @@ class EventLog:
             self.file = path.open("r+b" if path.exists() else "w+b")
             size = self.file.seek(0, os.SEEK_END)
             if size < keep_bytes:
-                raise RunError(f"{path} has {size} bytes where a checkpoint remembers {keep_bytes}", "start anew with -o")
+                raise RunError(
+                    f"{path} has {size} bytes where a checkpoint remembers {keep_bytes}", "start anew with -o"
+                )
             self.file.truncate(keep_bytes)
             self.file.seek(keep_bytes)
         except OSError as error:
@@ -48,7 +50,9 @@ class EventLog:
             self.file.write(line)
             self.file.flush()
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}", "free space; the same command carries on") from None
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}", "free space; the same command carries on"
+            ) from None
         self.offset += len(line)
         return event
 

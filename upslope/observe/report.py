@@ -36,7 +36,9 @@ PAGE = """<!doctype html>
 def write_report(run: Path) -> Path:
     """Write report.html of a run folder, finished or not; returns its path. Raises RunError."""
     if not (run / "events.jsonl").is_file():
-        raise RunError(f"{run} is not a run folder: it has no events.jsonl", "name the folder that a run was written to")
+        raise RunError(
+            f"{run} is not a run folder: it has no events.jsonl", "name the folder that a run was written to"
+        )
     data = collect(read_events(run / "events.jsonl"))
     data["made"] = time.strftime("%Y-%m-%d %H:%M")
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
@@ -59,7 +61,15 @@ def write_report(run: Path) -> Path:
 
 def collect(events: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page shows, from the events in order: curves by stage and metric, tables, prompts, samples."""
-    data: dict[str, Any] = {"run": {}, "stages": {}, "tables": [], "prompts": [], "samples": [], "alarms": [], "accounts": []}
+    data: dict[str, Any] = {
+        "run": {},
+        "stages": {},
+        "tables": [],
+        "prompts": [],
+        "samples": [],
+        "alarms": [],
+        "accounts": [],
+    }
     for event in events:
         kind, stage = event["kind"], event.get("stage", "run")
         if kind == "run":

@@ -78,7 +78,9 @@ class Terminal:
         elif kind == "account":
             self.note(event["text"])
         elif kind == "alarm":
-            self.note(f"ALARM {event.get('stage', '')}, step {event.get('step', '')}: {event['message']}", style="bold red")
+            self.note(
+                f"ALARM {event.get('stage', '')}, step {event.get('step', '')}: {event['message']}", style="bold red"
+            )
         elif kind == "table":
             self._print(_table(event))
             self.note(event["note"], style="dim")
@@ -119,7 +121,13 @@ class Terminal:
         bar = Table.grid(padding=(0, 1))
         left = f"{duration(now['left'])} left in all" if now["left"] is not None else "measuring the time left"
         share = f"{100 * now['done'] / now['total']:3.0f} %"
-        bar.add_row(f"{now['stage']:8}", ProgressBar(total=now["total"], completed=now["done"], width=36), share, left, now["phase"])
+        bar.add_row(
+            f"{now['stage']:8}",
+            ProgressBar(total=now["total"], completed=now["done"], width=36),
+            share,
+            left,
+            now["phase"],
+        )
         return Group(line, bar, Text(self.metrics, style="cyan"))
 
 

@@ -18,7 +18,8 @@ CHUNK = 64
 class FunctionReward:
     """`reward(prompts, completions, rows) -> scores` from "module:function", "file.py:function" or a callable.
 
-    A chunk that raises, hangs or kills its process is tried again in halves, so that only the rows to blame fail.
+    A chunk that raises, hangs or kills its process is tried again in halves, so that only the rows to blame fail:
+    one bad row among n costs about 2 log n calls.
     A wrong number of scores, or a function that cannot be loaded, raises RewardError: no row is to blame.
     """
 
@@ -60,8 +61,8 @@ class FunctionReward:
             if len(part) == 1:
                 failure_B[part[0]] = str(error)
                 return
-            for i in self._halves(part):
-                self._score(i, prompts, completions, rows, score_B, failure_B)
+            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+                self._score(half, prompts, completions, rows, score_B, failure_B)
             return
         if len(scores) != len(part):
             raise RewardError(
@@ -72,11 +73,6 @@ class FunctionReward:
             failure_B[i] = _problem(score)
             if failure_B[i] is None:
                 score_B[i] = float(score)
-
-    @staticmethod
-    def _halves(part: list[int]) -> list[list[int]]:
-        """Halves: a single bad row among n costs about 2 log n calls, of which only those with it can hang."""
-        return [part[: len(part) // 2], part[len(part) // 2 :]]
 
 
 def _problem(score: Any) -> str | None:

@@ -57,10 +57,14 @@ class Worker:
             kind, what = self._answer(START_LIMIT_S)
         except (WorkerFailed, BrokenPipeError) as error:
             self.stop()
-            raise RewardError(f"reward {self.name}: its worker did not start: {error}", "import the module by hand") from None
+            raise RewardError(
+                f"reward {self.name}: its worker did not start: {error}", "import the module by hand"
+            ) from None
         if kind == "broken":
             self.stop()
-            raise RewardError(f"reward {self.name} cannot be loaded: {what}", "name module:function or file.py:function")
+            raise RewardError(
+                f"reward {self.name} cannot be loaded: {what}", "name module:function or file.py:function"
+            )
 
     def ask(self, chunk: tuple[list[str], list[str], list[dict[str, Any]]], limit_s: float) -> list[Any]:
         """The function's scores of a chunk. Raises WorkerFailed; after a hang or a death the process is a new one."""

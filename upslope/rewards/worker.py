@@ -84,7 +84,7 @@ def main() -> None:
         source, chunk = receive(requests), None
         try:
             function = load_function(source)
-        except BaseException as error:  # noqa: BLE001 - whatever the user's file raises is reported
+        except BaseException as error:
             send(answers, ("broken", last_line(error)))
             return
         send(answers, ("ready", getattr(function, "__name__", "reward")))
@@ -92,7 +92,7 @@ def main() -> None:
             chunk = receive(requests)
             try:
                 send(answers, ("scores", _plain(function(*chunk))))
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 send(answers, ("raised", last_line(error)))
     except (EOFError, BrokenPipeError):
         return

@@ -38,7 +38,9 @@ class Account:
         if not kept:
             reason = max(self.dropped, key=lambda r: self.dropped[r]) if self.dropped else "there were none"
             count = f" ({self.dropped[reason]} of {self.read})" if self.dropped else ""
-            raise DataError(f"no {self.unit} left of {self.read}: {reason}{count}", "loosen that limit in [data], or add rows")
+            raise DataError(
+                f"no {self.unit} left of {self.read}: {reason}{count}", "loosen that limit in [data], or add rows"
+            )
         return self
 
     def __str__(self) -> str:
@@ -129,7 +131,9 @@ def split(
         groups[side].add(str(key))
     for name, fraction in fractions.items():
         if fraction > 0 and not sides[name]:
-            raise DataError(f"the {name} side of the split is empty: {len(set(map(str, keys)))} groups in all", "add rows")
+            raise DataError(
+                f"the {name} side of the split is empty: {len(set(map(str, keys)))} groups in all", "add rows"
+            )
     told = ", ".join(f"{n} {len(r)}" + (f" ({len(groups[n])} groups)" if group else "") for n, r in sides.items())
     account = Account(len(rows), extra=f"; {told}").close(len(rows))
     return {name: rows.select(indices) for name, indices in sides.items()}, account

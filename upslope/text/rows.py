@@ -8,7 +8,7 @@ import difflib
 import gzip
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,7 +61,9 @@ def _from_hub(name: str) -> Dataset:
         return load_dataset(name, split="train")
     except (DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"no dataset {name!r} here, and the hub does not give it: {reason[:120]}", "check the name") from None
+        raise DataError(
+            f"no dataset {name!r} here, and the hub does not give it: {reason[:120]}", "check the name"
+        ) from None
 
 
 def _from_file(path: Path, limit: int | None) -> Dataset:
@@ -72,7 +74,9 @@ def _from_file(path: Path, limit: int | None) -> Dataset:
         return _from_parquet(path, limit)
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
     if kind not in readers:
-        raise DataError(f"{path}: files of kind {kind or 'without an ending'} are not read", "use csv, tsv, jsonl, json, parquet")
+        raise DataError(
+            f"{path}: files of kind {kind or 'without an ending'} are not read", "use csv, tsv, jsonl, json, parquet"
+        )
     columns: dict[str, list[Any]] = {}
     count = 0
     try:
@@ -112,8 +116,9 @@ def _from_parquet(path: Path, limit: int | None) -> Dataset:
 def _open(path: Path) -> IO[bytes]:
     if not path.is_file():
         raise DataError(f"no such file: {path}", "check the path")
-    opener = OPENERS.get(path.suffix)
-    return opener(path, "rb") if opener else path.open("rb")  # type: ignore[return-value]
+    opener: Callable[..., Any] = OPENERS.get(path.suffix, Path.open)
+    opened: IO[bytes] = opener(path, "rb")
+    return opened
 
 
 def _lines(path: Path) -> Iterator[str]:

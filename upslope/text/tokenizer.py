@@ -18,7 +18,9 @@ class Tokenizer:
 
     def __init__(self, inner: Any, source: str) -> None:
         if inner.eos_token_id is None:
-            raise DataError(f"the tokenizer of {source} has no EOS token", "set eos_token: without it nothing learns to end")
+            raise DataError(
+                f"the tokenizer of {source} has no EOS token", "set eos_token: without it nothing learns to end"
+            )
         self.inner = inner
         self.source = source
         self.eos_id: int = int(inner.eos_token_id)
@@ -43,7 +45,9 @@ class Tokenizer:
                     inner = AutoTokenizer.from_pretrained(str(source))
         except Exception as error:  # transformers raises many kinds for files it cannot use
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise DataError(f"no usable tokenizer in {source}: {reason}", "name a folder with tokenizer.json, or a .gguf") from None
+            raise DataError(
+                f"no usable tokenizer in {source}: {reason}", "name a folder with tokenizer.json, or a .gguf"
+            ) from None
         return Tokenizer(inner, str(source))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -82,7 +86,8 @@ class Tokenizer:
             until = self.chat(messages[: turn + 1], generation_prompt=False)
             if until[: len(before)] != before or before[: len(ids)] != ids:
                 raise DataError(
-                    f"the chat template of {self.source} does not grow turn by turn", "use one row for each assistant turn"
+                    f"the chat template of {self.source} does not grow turn by turn",
+                    "use one row for each assistant turn",
                 )
             trained += [False] * (len(before) - len(ids))
             answer = until[len(before) :]

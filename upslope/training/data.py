@@ -49,7 +49,9 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
             rows, tokenizer, prompt=data.prompt, completion=data.completion, max_tokens=data.max_tokens
         )
     else:
-        raise DataError(f"[{stage}] has nothing to learn from", "set data.text, data.messages, or prompt and completion")
+        raise DataError(
+            f"[{stage}] has nothing to learn from", "set data.text, data.messages, or prompt and completion"
+        )
     examples, account = made
     run.record("account", stage=stage, text=f"{side} examples: {account}")
     return examples
@@ -76,7 +78,9 @@ def preference_pairs(
     ids = {example.row: example.ids for example in examples}
     kept = [prepare.Pair(ids[c], ids[r]) for c, r in chosen_rejected if c in ids and r in ids]
     if len(kept) < len(chosen_rejected):
-        run.record("account", stage="reward", text=f"{side} pairs: {len(chosen_rejected) - len(kept)} too long: {account}")
+        run.record(
+            "account", stage="reward", text=f"{side} pairs: {len(chosen_rejected) - len(kept)} too long: {account}"
+        )
     return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ def evaluate_policies(
     scorer: Scorer,
     judges: Scorer,
     prompts: Sequence[Prompt],
+    draw: int = 0,
 ) -> list[Outcome]:
-    """Each policy on the same prompts with the same random numbers. KL is to the first of the policies."""
+    """Each policy on the same prompts with the same random numbers, the set `draw`. KL is to the first policy."""
     outcomes = []
     for number, policy in enumerate(policies):
         run.progress("eval", 0.1 + number, len(policies) + 0.5, "generate")
@@ -42,7 +44,7 @@ def evaluate_policies(
         engine = Engine(runner, eos_id=tokenizer.eos_id, slots=rl.slots, seed=run.recipe.seed, text_of=tokenizer.decode)
         engine.load(policy, version=number)
         keys = list(range(len(prompts)))
-        episodes = generate(run, engine, tokenizer, prompts, keys, sampling_of(rl), samples=1, step=EVAL_STEP)
+        episodes = generate(run, engine, tokenizer, prompts, keys, sampling_of(rl), samples=1, step=EVAL_STEP - draw)
         del engine, runner
         run.progress("eval", 0.7 + number, len(policies) + 0.5, "judges")
         rows = [p.row for p in prompts]
@@ -76,7 +78,7 @@ def completion_logprobs(model: Decoder, episodes: Sequence[Episode], temperature
         hidden_AD = model.hidden(batch)[batch.previous[action_A]]
         logp_A, _ = token_logprobs(hidden_AD, model.output_weight, batch.ids_N[action_A], temperature=temperature)
         starts = action_starts(members)
-        totals = [float(logp_A[int(a) : int(b)].double().sum()) for a, b in zip(starts, starts[1:], strict=False)]
+        totals = [float(logp_A[a:b].double().sum()) for a, b in pairwise(starts.tolist())]
         sums[part] = totals
     return sums
 
@@ -99,7 +101,9 @@ def record_comparison(run: Run, prompts: Sequence[Prompt], outcomes: Sequence[Ou
             "prompt": prompts[p].text,
             "before": before.completions[p],
             "after": after.completions[p],
-            "scores": {n: [round(float(before.scores[n][p]), 3), round(float(after.scores[n][p]), 3)] for n in before.scores},
+            "scores": {
+                n: [round(float(before.scores[n][p]), 3), round(float(after.scores[n][p]), 3)] for n in before.scores
+            },
         }
         for p in range(min(run.recipe.eval.show, len(prompts)))
     ]

@@ -49,6 +49,10 @@ class Pipeline:
     tokenizer: Tokenizer
     splits: Splits
     given: Given
+    models: Path  # the folder that holds the finished stages
+
+    def stage_folder(self, stage: str) -> Path:
+        return self.models / stage
 
     def source_of(self, stage: str) -> str:
         """The model that a stage starts from: its own init, the nearest policy stage before it, or the recipe's."""
@@ -56,14 +60,15 @@ class Pipeline:
         if init:
             return str(init)
         before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
-        return str(self.run.stage_folder(before[-1]) / "model") if before else self.recipe.model
+        return str(self.stage_folder(before[-1]) / "model") if before else self.recipe.model
 
     def decoder(self, source: str, *, trained: bool) -> Decoder:
         """Load a decoder: fp32 master weights where it is trained, the compute dtype where it is frozen."""
         model = load_decoder(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
         if model.config.vocab_size < self.tokenizer.vocab_size:
+            tokens = self.tokenizer.vocab_size
             raise ModelError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {source} only {model.config.vocab_size}",
+                f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
         model.compute_dtype = self.run.dtype
@@ -80,7 +85,7 @@ class Pipeline:
                 label = getattr(self.given.reward, "__name__", "reward")
                 sources.append(FunctionSource(self.given.reward, label, rl.timeout_s))
             elif name == "stage:reward":
-                model = load_reward_model(self.run.stage_folder("reward") / "model", dtype=self.run.dtype)
+                model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
                 model.trunk.compute_dtype = self.run.dtype
                 model.to(self.run.device).requires_grad_(False)
                 sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, rl.optim.micro_tokens))
@@ -110,7 +115,9 @@ def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, pl
 def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
     stages = [*recipe.stages, "eval"] if recipe.rl else recipe.stages
     if all(run.done(stage) for stage in stages):
-        run.terminal.note(f"{run.folder}: finished before, nothing to train; choose another folder with -o to run again")
+        run.terminal.note(
+            f"{run.folder}: finished before, nothing to train; choose another folder with -o to run again"
+        )
         write_report(run.folder)
         return
     run.terminal.note(f"{run.facts['processor']}; matrix products in {run.facts['dtype']}, weights in fp32")
@@ -118,7 +125,7 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
         run.terminal.note(line)
     tokenizer = Tokenizer.load(resolve(recipe.model))
     splits = load_splits(run, recipe.data, recipe.seed, given.rows)
-    pipeline = Pipeline(run, recipe, tokenizer, splits, given)
+    pipeline = Pipeline(run, recipe, tokenizer, splits, given, run.folder)
     run.plan = plan_work(recipe)
     for stage in stages:
         if run.done(stage):
@@ -198,19 +205,22 @@ def _rl(p: Pipeline) -> None:
         scorer.close()
 
 
-def _eval(p: Pipeline) -> None:
-    """Held-out prompts before and after rl; the policy's start, its end, and the original model are loaded frozen."""
+def evaluate_run(p: Pipeline, draw: int = 0) -> None:
+    """Held-out prompts before and after rl; the policy's start, its end, and the original model are loaded frozen.
+
+    draw numbers the set of random numbers that the completions are sampled with.
+    """
     cfg = p.recipe.eval
     prompts = make_prompts(p.run, p.splits["test"], p.tokenizer, "test")[: cfg.prompts]
     before = p.decoder(p.source_of("rl"), trained=False)
-    after = p.decoder(str(p.run.stage_folder("rl") / "model"), trained=False)
+    after = p.decoder(str(p.stage_folder("rl") / "model"), trained=False)
     base = p.decoder(p.recipe.model, trained=False)
     assert p.recipe.rl is not None
     timeout = p.recipe.rl.timeout_s
     judges = Scorer([FunctionSource(j, source_name(j), timeout) for j in cfg.judges], [0.0] * len(cfg.judges), 1.0)
     scorer = p.scorer()
     try:
-        outcomes = evaluate_policies(p.run, [before, after], base, p.tokenizer, scorer, judges, prompts)
+        outcomes = evaluate_policies(p.run, [before, after], base, p.tokenizer, scorer, judges, prompts, draw)
     finally:
         scorer.close()
         judges.close()
@@ -224,7 +234,7 @@ STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
     "sft": _supervised("sft"),
     "reward": _reward,
     "rl": _rl,
-    "eval": _eval,
+    "eval": evaluate_run,
 }
 
 

@@ -25,7 +25,7 @@ from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.export import export_reward_model
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.state import RunState, freeze_lowest
-from upslope.training.update import StopAsked, Stats, learning_rate, make_optimizer, optimizer_step
+from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step
 
 
 def run_reward(

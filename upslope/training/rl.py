@@ -28,7 +28,7 @@ from upslope.training.rollout import Batch, collect, prepare, rollout_metrics
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState, freeze_lowest
-from upslope.training.update import StopAsked, Stats, learning_rate, make_optimizer, optimizer_step
+from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step
 
 GAP_ALARM = 0.1  # nats, mean over tokens: sampler and trainer no longer hold the same policy
 RATIO_ALARM = 0.05  # mean |ratio - 1| on the first minibatch, where it is 1 but for rounding
@@ -166,7 +166,10 @@ def minibatch_step(
         stats: dict[str, Tensor] = {"loss/policy": loss}
         if scores.value_A is not None:
             value_A, _ = value_loss(
-                scores.value_A, batch.return_A[rows].to(device), old_value_A=batch.value_A[rows].to(device), clip=rl.value_clip
+                scores.value_A,
+                batch.return_A[rows].to(device),
+                old_value_A=batch.value_A[rows].to(device),
+                clip=rl.value_clip,
             )
             stats["loss/value"] = reduce(value_A, tokens)
             loss = loss + rl.value_weight * stats["loss/value"]

@@ -124,7 +124,9 @@ def prepare(
     bootstrap_B = torch.zeros(len(episodes))
     lengths = [len(e.ids) for e in episodes]
     groups = [e.group for e in episodes]
-    batch = Batch(episodes, starts, torch.tensor([p for e in episodes for p in e.logp]), old, entropy, value, ref, old, old)
+    batch = Batch(
+        episodes, starts, torch.tensor([p for e in episodes for p in e.logp]), old, entropy, value, ref, old, old
+    )
     for part in micro_batches(lengths, 2 * rl.optim.micro_tokens, groups):
         members = [episodes[i] for i in part]
         ragged, action_A = lay_out(members)

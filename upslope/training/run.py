@@ -1,12 +1,12 @@
 """A run in its folder: what is written, what is shown, and whether it should stop.
 
-    OUT/recipe.json          the resolved recipe, the seed of every stage's randomness
-    OUT/events.jsonl         everything that happened, one JSON object a line
-    OUT/episodes.jsonl       every completion that was trained on: ids, log-probabilities, rewards
-    OUT/STAGE/checkpoints/   while a stage runs
-    OUT/STAGE/model/         when it is done: Hugging Face layout
-    OUT/STAGE/done.json      its closing metrics, and how long the logs were
-    OUT/tensorboard/, OUT/report.html
+OUT/recipe.json          the resolved recipe, the seed of every stage's randomness
+OUT/events.jsonl         everything that happened, one JSON object a line
+OUT/episodes.jsonl       every completion that was trained on: ids, log-probabilities, rewards
+OUT/STAGE/checkpoints/   while a stage runs
+OUT/STAGE/model/         when it is done: Hugging Face layout
+OUT/STAGE/done.json      its closing metrics, and how long the logs were
+OUT/tensorboard/, OUT/report.html
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-import upslope
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
 from upslope.config import Recipe
 from upslope.errors import RunError
 from upslope.observe.events import EventLog
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
+from upslope.version import VERSION
 
 WORK_PER_TOKEN = {"forward": 1.0, "train": 3.0}  # a backward pass costs twice the forward one
 
@@ -178,7 +178,9 @@ class Run:
         if path.is_file():
             facts: dict[str, Any] = json.loads(path.read_text())
             if facts["device"] == "cuda" and not torch.cuda.is_available():
-                raise RunError("this run began on a GPU and there is none here", "resume it there, or start anew with -o")
+                raise RunError(
+                    "this run began on a GPU and there is none here", "resume it there, or start anew with -o"
+                )
             torch.set_num_threads(facts["threads"])
             return facts
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,7 +214,7 @@ def fast_dtype(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {"upslope": upslope.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"upslope": VERSION, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def processor() -> str:

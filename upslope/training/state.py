@@ -84,7 +84,9 @@ class RunState:
     def interrupt(self, run: Run) -> NoReturn:
         """Save and raise Interrupted."""
         self.save(run)
-        raise Interrupted(f"stopped in {self.stage} after optimizer step {self.step}, saved", "the same command carries on")
+        raise Interrupted(
+            f"stopped in {self.stage} after optimizer step {self.step}, saved", "the same command carries on"
+        )
 
     def finish(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
         """Close the stage: its record is written and its checkpoints, which nothing needs any more, go."""

@@ -1,6 +1,6 @@
 """Maximum likelihood on examples: the stages pretrain and sft.
 
-    loss = - sum over trained tokens of log p(token | before) / number of trained tokens in the optimizer batch
+loss = - sum over trained tokens of log p(token | before) / number of trained tokens in the optimizer batch
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.export import export_policy
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.state import RunState, freeze_lowest
-from upslope.training.update import StopAsked, Stats, learning_rate, make_optimizer, optimizer_step
+from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step
 
 
 def run_supervised(
-    run: Run, stage: str, cfg: Supervised, model: Decoder, tokenizer: Tokenizer, train: list[Example], valid: list[Example]
+    run: Run,
+    stage: str,
+    cfg: Supervised,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    train: list[Example],
+    valid: list[Example],
 ) -> dict[str, float]:
     """Fit the model, report the held-out loss before and after, write STAGE/model. Returns the closing metrics.
 
@@ -50,7 +56,9 @@ def run_supervised(
     before = state.extra["before"]
     rows = [[name.removeprefix("valid/"), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
     note = f"{len(valid)} examples of unseen groups" if run.recipe.data.group else f"{len(valid)} unseen examples"
-    run.record("table", stage=stage, title=f"{stage}: held-out loss", columns=["", "before", "after"], rows=rows, note=note)
+    run.record(
+        "table", stage=stage, title=f"{stage}: held-out loss", columns=["", "before", "after"], rows=rows, note=note
+    )
     export_policy(run, stage, model, tokenizer)
     closing = {f"{k}_before": v for k, v in before.items()} | after
     return state.finish(run, closing | {"memory/peak_gb": peak_memory_gb()})

@@ -1,0 +1,45 @@
+"""A finished run, evaluated again: more prompts, other judges, another draw of completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from upslope.config import load_recipe
+from upslope.errors import RunError
+from upslope.observe.report import write_report
+from upslope.sources import resolve
+from upslope.text.tokenizer import Tokenizer
+from upslope.training.data import load_splits
+from upslope.training.pipeline import Given, Pipeline, evaluate_run
+from upslope.training.run import Run
+
+
+def reevaluate(
+    folder: Path, *, prompts: int | None, judges: Sequence[str], draw: int, plain: bool | None = None
+) -> Path:
+    """Evaluate a finished run on its held-out prompts, into FOLDER/evaluations/N; the run itself stays as it is.
+
+    Raises RunError where the run has no finished rl stage.
+    """
+    if not (folder / "rl" / "done.json").is_file():
+        raise RunError(f"{folder} has no finished rl stage", "name the folder of a finished run")
+    raw = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    if prompts is not None:
+        raw["eval"]["prompts"] = prompts
+    raw["eval"]["judges"] = [*raw["eval"]["judges"], *judges]
+    recipe = load_recipe(raw)
+    number = 1 + sum(1 for _ in (folder / "evaluations").glob("*"))
+    run = Run(recipe, folder / "evaluations" / str(number), plain=plain)
+    try:
+        with run.stopping_on_signals():
+            tokenizer = Tokenizer.load(resolve(recipe.model))
+            splits = load_splits(run, recipe.data, recipe.seed)
+            run.terminal.stage("eval", "start")
+            evaluate_run(Pipeline(run, recipe, tokenizer, splits, Given(), folder), draw)
+            write_report(run.folder)
+            run.terminal.note(f"report: {run.folder / 'report.html'}")
+    finally:
+        run.close()
+    return run.folder

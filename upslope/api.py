@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from upslope.config import POLICY_STAGES, load_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
-from upslope.errors import ModelError, RecipeError
+from upslope.errors import ModelError
 from upslope.models.decoder import Decoder
 from upslope.models.hf import load_decoder, save_decoder
 from upslope.models.runner import DecoderRunner
@@ -35,11 +36,9 @@ def train(
     out: the run folder (default runs/NAME); reward: a function (prompts, completions, rows) -> scores that stands in
     for rl.reward; rows: a datasets.Dataset or list of dicts that stands in for data.rows. Raises UpslopeError.
     """
-    resolved = load_recipe(recipe, overrides)
     if reward is not None:
-        if resolved.rl is None:
-            raise RecipeError("a reward was given but the recipe has no [rl] table", "add one")
-        resolved = resolved.model_copy(update={"rl": resolved.rl.model_copy(update={"reward": _name_of(reward)})})
+        overrides = (*overrides, f"rl.reward={json.dumps(_name_of(reward))}")
+    resolved = load_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / resolved.name
     return run_pipeline(resolved, folder, given=Given(reward, rows), plain=plain)
 

@@ -19,6 +19,8 @@ Statistic = Callable[[np.ndarray], float]  # of the indices of the prompts drawn
 
 @dataclass(frozen=True)
 class Estimate:
+    """A value with its 95 % interval."""
+
     value: float
     low: float
     high: float

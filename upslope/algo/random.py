@@ -5,9 +5,12 @@ whatever the slot, the batch, the order or the number of workers.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+Ints = int | Sequence[int] | np.ndarray
 
 _MULTIPLY = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -29,13 +32,13 @@ def philox(counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]) -> tup
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, step: int, prompt: ArrayLike, sample: ArrayLike, position: ArrayLike) -> NDArray[np.float64]:
+def uniform(seed: int, step: int, prompt: Ints, sample: Ints, position: Ints) -> NDArray[np.float64]:
     """Numbers in [0, 1) with 53 random bits, one for each (prompt, sample, position); arrays broadcast."""
-    words = np.broadcast_arrays(*(np.asarray(x).astype(np.uint64) for x in (prompt, sample, position)))
-    prompts, samples, positions = words
-    key = (_fold(seed), _fold(step))
-    c = philox((prompts & _LOW, prompts >> _SHIFT, samples & _LOW, positions & _LOW), key)
-    return ((c[0] >> np.uint64(5)) * 67108864.0 + (c[1] >> np.uint64(6))) / 9007199254740992.0
+    wide = np.broadcast_arrays(*(np.asarray(x).astype(np.uint64) for x in (prompt, sample, position)))
+    prompts, samples, positions = (np.atleast_1d(x) for x in wide)
+    c = philox((prompts & _LOW, prompts >> _SHIFT, samples & _LOW, positions & _LOW), (_fold(seed), _fold(step)))
+    drawn = ((c[0] >> np.uint64(5)) * 67108864.0 + (c[1] >> np.uint64(6))) / 9007199254740992.0
+    return drawn.reshape(wide[0].shape)
 
 
 def stream(*key: int | str) -> np.random.Generator:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def reduce(x_A: Tensor, denominator: float) -> Tensor:
+def reduce(x_A: Tensor, denominator: int | float) -> Tensor:
     """sum(x) / denominator, where the denominator counts the elements of the whole optimizer batch.
 
     Summed over any cut of the batch into micro-batches or ranks it is the same mean. Raises ValueError for a

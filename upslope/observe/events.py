@@ -25,6 +25,7 @@ class EventLog:
             self.file = path.open("r+b" if path.exists() else "w+b")
             size = self.file.seek(0, os.SEEK_END)
             if size < keep_bytes:
+                self.file.close()
                 raise RunError(
                     f"{path} has {size} bytes where a checkpoint remembers {keep_bytes}", "start anew with -o"
                 )

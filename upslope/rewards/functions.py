@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +14,15 @@ from upslope.rewards.pool import Worker, WorkerFailed
 from upslope.rewards.types import RewardOutput
 
 CHUNK = 64
+LOST_LIMIT = 16  # hangs and deaths in one batch, each of which costs the time limit or a new process
 
 
 class FunctionReward:
     """`reward(prompts, completions, rows) -> scores` from "module:function", "file.py:function" or a callable.
 
-    A chunk that raises, hangs or kills its process is tried again in halves, so that only the rows to blame fail:
-    one bad row among n costs about 2 log n calls.
+    A chunk that fails is tried again after the others, so that only the rows to blame fail: in halves if it raised
+    (one bad row among n costs about 2 log n calls), row by row if it hung or killed its process, for that is dear.
+    After LOST_LIMIT hangs and deaths in one batch the rows still without a score fail untried.
     A wrong number of scores, or a function that cannot be loaded, raises RewardError: no row is to blame.
     """
 
@@ -35,12 +38,27 @@ class FunctionReward:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict[str, Any]]
     ) -> RewardOutput:
-        score_B = np.full(len(completions), np.nan)
-        failure_B: list[str | None] = [None] * len(completions)
-        for start in range(0, len(completions), self.chunk):
-            part = list(range(start, min(start + self.chunk, len(completions))))
-            self._score(part, prompts, completions, rows, score_B, failure_B)
-        return RewardOutput(score_B, failure_B)
+        count = len(completions)
+        output = RewardOutput(np.full(count, np.nan), [None] * count)
+        todo = deque(list(range(start, min(start + self.chunk, count))) for start in range(0, count, self.chunk))
+        lost = 0
+        while todo:
+            part = todo.popleft()
+            try:
+                self._score(part, prompts, completions, rows, output)
+            except WorkerFailed as error:
+                lost += error.lost
+                if len(part) == 1:
+                    output.failure_B[part[0]] = str(error)
+                elif error.lost:
+                    todo.extend([i] for i in part)
+                else:
+                    todo.extend((part[: len(part) // 2], part[len(part) // 2 :]))
+                if lost >= LOST_LIMIT:
+                    for i in (i for part in todo for i in part):
+                        output.failure_B[i] = f"not tried after {lost} hangs or deaths, the last: {error}"
+                    break
+        return output
 
     def close(self) -> None:
         self.worker.stop()
@@ -51,31 +69,19 @@ class FunctionReward:
         prompts: Sequence[str],
         completions: Sequence[str],
         rows: Sequence[dict[str, Any]],
-        score_B: np.ndarray,
-        failure_B: list[str | None],
+        output: RewardOutput,
     ) -> None:
         chunk = ([prompts[i] for i in part], [completions[i] for i in part], [rows[i] for i in part])
-        try:
-            scores = self.worker.ask(chunk, self.timeout_s)
-        except WorkerFailed as error:
-            if len(part) == 1:
-                failure_B[part[0]] = str(error)
-                return
-            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
-                self._score(half, prompts, completions, rows, score_B, failure_B)
-            return
+        scores = self.worker.ask(chunk, self.timeout_s)
         if len(scores) != len(part):
             raise RewardError(
                 f"reward {self.name} returned {len(scores)} scores for {len(part)} completions",
                 "return one number for each completion, in their order",
             )
         for i, score in zip(part, scores, strict=True):
-            failure_B[i] = _problem(score)
-            if failure_B[i] is None:
-                score_B[i] = float(score)
-
-
-def _problem(score: Any) -> str | None:
-    if isinstance(score, bool | int | float):
-        return None if math.isfinite(score) else f"returned {score}"
-    return f"returned {score!r:.80}, not a number"
+            if isinstance(score, str):
+                output.failure_B[i] = f"returned {score}, not a number"
+            elif not math.isfinite(score):
+                output.failure_B[i] = f"returned {score}"
+            else:
+                output.score_B[i] = score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,13 +14,19 @@ from typing import IO, Any
 import cloudpickle
 
 from upslope.errors import RewardError
-from upslope.rewards.worker import HEADER, send
+from upslope.rewards.worker import HEADER, send_body
 
 START_LIMIT_S = 120.0  # loading the user's module: large libraries take their time
+SAID_LIMIT = 1 << 20  # bytes of what a worker prints that are kept for its last words
+THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
 
 
 class WorkerFailed(Exception):
-    """A worker did not answer a chunk: it raised, hung or died. The text says which."""
+    """A worker gave no scores of a chunk: the function raised, or `lost`: it hung or died. The text says which."""
+
+    def __init__(self, what: str, *, lost: bool) -> None:
+        super().__init__(what)
+        self.lost = lost
 
 
 class Worker:
@@ -33,11 +40,68 @@ class Worker:
 
     def start(self) -> None:
         """Start the process and load the function. Raises RewardError when it cannot be loaded."""
+        try:
+            source = cloudpickle.dumps(self.source)
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.name} cannot be sent to its worker: {error}", "name module:function or file.py:function"
+            ) from None
+        self._open()
+        try:
+            self._send(source)
+            kind, what = self._answer(START_LIMIT_S)
+        except WorkerFailed as error:
+            raise RewardError(
+                f"reward {self.name}: its worker did not start: {error}", "import the module by hand"
+            ) from None
+        except BaseException:
+            self.stop()
+            raise
+        if kind == "broken":
+            self.stop()
+            raise RewardError(
+                f"reward {self.name} cannot be loaded: {what}", "name module:function or file.py:function"
+            )
+
+    def ask(self, chunk: tuple[list[str], list[str], list[dict[str, Any]]], limit_s: float) -> list[Any]:
+        """The function's scores of a chunk. Raises WorkerFailed; after a hang or a death the process is a new one."""
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            self.start()
+        body = cloudpickle.dumps(chunk)
+        try:
+            self._send(body)
+            kind, what = self._answer(limit_s)
+        except BaseException:
+            self.stop()  # an answer still to come would be taken for that of the next chunk
+            raise
+        if kind == "raised":
+            raise WorkerFailed(what, lost=False)
+        return list(what)
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing, and those that it started."""
+        if self.process is None:
+            return
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            self.process.kill()  # nothing of its group is left
+        self.process.wait()
+        try:
+            self.requests.close()
+        except OSError:
+            pass  # bytes that the dead process never took
+        os.close(self.answers)
+        self.said.close()
+        self.process = None
+
+    def _open(self) -> None:
         to_child, requests = os.pipe()
         answers, from_child = os.pipe()
         self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        environment = {**os.environ, **{f"{name}_NUM_THREADS": "1" for name in THREADS}}
+        environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # "" is the current folder
         self.process = subprocess.Popen(
             [sys.executable, "-m", "upslope.rewards.worker", str(to_child), str(from_child)],
             pass_fds=(to_child, from_child),
@@ -52,49 +116,17 @@ class Worker:
         self.requests: IO[bytes] = os.fdopen(requests, "wb")
         self.answers = answers
         self.buffer = b""
-        try:
-            send(self.requests, self.source)
-            kind, what = self._answer(START_LIMIT_S)
-        except (WorkerFailed, BrokenPipeError) as error:
-            self.stop()
-            raise RewardError(
-                f"reward {self.name}: its worker did not start: {error}", "import the module by hand"
-            ) from None
-        if kind == "broken":
-            self.stop()
-            raise RewardError(
-                f"reward {self.name} cannot be loaded: {what}", "name module:function or file.py:function"
-            )
 
-    def ask(self, chunk: tuple[list[str], list[str], list[dict[str, Any]]], limit_s: float) -> list[Any]:
-        """The function's scores of a chunk. Raises WorkerFailed; after a hang or a death the process is a new one."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
+    def _send(self, body: bytes) -> None:
         try:
-            send(self.requests, chunk)
-            kind, what = self._answer(limit_s)
+            send_body(self.requests, body)
         except BrokenPipeError:
-            raise self._gone() from None
-        if kind == "raised":
-            raise WorkerFailed(what)
-        return list(what)
-
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        if self.process is None:
-            return
-        self.process.kill()
-        self.process.wait()
-        try:
-            self.requests.close()
-        except OSError:
-            pass  # bytes that the dead process never took
-        os.close(self.answers)
-        self.said.close()
-        self.process = None
+            pass  # it died: _answer reads so, and how
 
     def _answer(self, limit_s: float) -> tuple[str, Any]:
         end = time.monotonic() + limit_s
+        poller = select.poll()
+        poller.register(self.answers, select.POLLIN)
         while True:
             if len(self.buffer) >= HEADER.size:
                 (size,) = HEADER.unpack(self.buffer[: HEADER.size])
@@ -102,22 +134,35 @@ class Worker:
                     body = self.buffer[HEADER.size : HEADER.size + size]
                     self.buffer = self.buffer[HEADER.size + size :]
                     answer: tuple[str, Any] = cloudpickle.loads(body)
+                    self._trim()
                     return answer
-            ready, _, _ = select.select([self.answers], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
+            left = end - time.monotonic()
+            if left <= 0:
                 self.stop()
-                raise WorkerFailed(f"no answer within {limit_s:g} s")
-            part = os.read(self.answers, 1 << 20)
-            if not part:
-                raise self._gone()
-            self.buffer += part
+                raise WorkerFailed(f"no answer within {limit_s:g} s", lost=True)
+            if poller.poll(1000 * min(left, 1.0) + 1):
+                part = os.read(self.answers, 1 << 20)
+                if not part:
+                    raise self._gone()
+                self.buffer += part
+            self._trim()
+
+    def _trim(self) -> None:
+        """Forget what the worker printed beyond the limit: the file and its position are shared with it."""
+        if os.fstat(self.said.fileno()).st_size > SAID_LIMIT:
+            os.ftruncate(self.said.fileno(), 0)
+            os.lseek(self.said.fileno(), 0, os.SEEK_SET)
 
     def _gone(self) -> WorkerFailed:
         assert self.process is not None
-        code = self.process.wait()
-        self.said.seek(0, os.SEEK_END)
-        self.said.seek(max(0, self.said.tell() - 2000))
-        lines = self.said.read().decode("utf-8", "replace").strip().splitlines()
+        try:
+            code = self.process.wait(timeout=1.0)
+            how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            how = "its pipe closed"
+        size = os.fstat(self.said.fileno()).st_size
+        tail = os.pread(self.said.fileno(), 2000, max(0, size - 2000))
+        lines = tail.decode("utf-8", "replace").strip().splitlines()
         self.stop()
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return WorkerFailed(f"its process ended with {how}" + (f", last words: {lines[-1][:200]}" if lines else ""))
+        words = f", last words: {lines[-1][:200]}" if lines else ""
+        return WorkerFailed(f"its process ended with {how}{words}", lost=True)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import select
 import signal
 import struct
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +23,21 @@ from typing import IO, Any
 import cloudpickle
 
 HEADER = struct.Struct("<Q")
+GRACE_S = 0.5  # for an idle worker to leave by itself when its owner is gone
 
 
 def send(pipe: IO[bytes], message: Any) -> None:
-    body = cloudpickle.dumps(message)
+    send_body(pipe, cloudpickle.dumps(message))
+
+
+def send_body(pipe: IO[bytes], body: bytes) -> None:
     pipe.write(HEADER.pack(len(body)))
     pipe.write(body)
     pipe.flush()
 
 
-def receive(pipe: IO[bytes]) -> Any:
-    """The next message. Raises EOFError when the other side is gone."""
+def receive(pipe: IO[bytes]) -> bytes:
+    """The next message's bytes. Raises EOFError when the other side is gone."""
     head = pipe.read(HEADER.size)
     if len(head) < HEADER.size:
         raise EOFError
@@ -38,7 +45,7 @@ def receive(pipe: IO[bytes]) -> Any:
     body = pipe.read(size)
     if len(body) < size:
         raise EOFError
-    return cloudpickle.loads(body)
+    return body
 
 
 def load_function(source: Any) -> Callable[..., Any]:
@@ -52,11 +59,13 @@ def load_function(source: Any) -> Callable[..., Any]:
         path = Path(place).expanduser().resolve()
         if not path.is_file():
             raise LookupError(f"there is no file {place}")
-        sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.path.insert(0, str(path.parent))  # for the modules beside it
+        # a file may be called struct.py: the module that everybody else means keeps its name
+        title = f"reward_{path.stem}" if path.stem in sys.stdlib_module_names | set(sys.modules) else path.stem
+        spec = importlib.util.spec_from_file_location(title, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
+        sys.modules[title] = module
         spec.loader.exec_module(module)
     else:
         sys.path.insert(0, os.getcwd())
@@ -80,30 +89,54 @@ def main() -> None:
     requests = os.fdopen(int(sys.argv[1]), "rb")
     answers = os.fdopen(int(sys.argv[2]), "wb")
     sys.stdout = sys.stderr
+    threading.Thread(target=_end_with_owner, args=(requests.fileno(),), daemon=True).start()
     try:
-        source, chunk = receive(requests), None
+        body = receive(requests)
         try:
-            function = load_function(source)
+            function = load_function(cloudpickle.loads(body))
         except BaseException as error:
             send(answers, ("broken", last_line(error)))
             return
         send(answers, ("ready", getattr(function, "__name__", "reward")))
         while True:
-            chunk = receive(requests)
+            body = receive(requests)
             try:
-                send(answers, ("scores", _plain(function(*chunk))))
-            except Exception as error:
-                send(answers, ("raised", last_line(error)))
+                answer: tuple[str, Any] = ("scores", _plain(function(*cloudpickle.loads(body))))
+            except BaseException as error:  # exit() too: it costs its rows, not a new process
+                answer = ("raised", last_line(error))
+            send(answers, answer)
     except (EOFError, BrokenPipeError):
         return
 
 
-def _plain(scores: Any) -> Any:
-    """Scores as a list of Python objects: tensors and arrays become numbers, so that the trainer needs no such type."""
-    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+def _end_with_owner(requests: int) -> None:
+    """Kill this process's group, hanging or not, once the other end of its pipe has closed."""
+    poller = select.poll()
+    poller.register(requests, 0)  # no events asked for: only the hang-up is told
+    poller.poll()
+    time.sleep(GRACE_S)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _plain(scores: Any) -> list[float | str]:
+    """Scores in plain Python: tensors, arrays and the user's own types stay in this process."""
+    if hasattr(scores, "tolist"):
+        scores = scores.tolist()
     if not isinstance(scores, list | tuple):
         raise TypeError(f"a reward must return a list of scores, got {type(scores).__name__}")
-    return [s.item() if hasattr(s, "item") else s for s in scores]
+    return [_number(score) for score in scores]
+
+
+def _number(score: Any) -> float | str:
+    """A score as a float, or in words where it is no number."""
+    if not isinstance(score, str | bytes):
+        try:
+            return float(score.item() if hasattr(score, "item") else score)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            pass  # a list, None, an array of several numbers, an integer beyond any float
+    return f"{score!r:.80}"
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     table, account = prepare.clean(
         table, text=data.text, min_chars=data.min_chars, max_chars=data.max_chars, keep=data.keep
     )
-    run.record("account", text=f"rows: {account}")
+    run.account(f"rows: {account}")
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
     splits, account = prepare.split(table, group=data.group, fractions=fractions, seed=seed)
-    run.record("account", text=f"split: {account}")
+    run.account(f"split: {account}")
     return splits
 
 
@@ -53,7 +53,7 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
             f"[{stage}] has nothing to learn from", "set data.text, data.messages, or prompt and completion"
         )
     examples, account = made
-    run.record("account", stage=stage, text=f"{side} examples: {account}")
+    run.account(f"{side} examples: {account}", stage)
     return examples
 
 
@@ -66,21 +66,19 @@ def preference_pairs(
         pairs, account = prepare.pair_examples(
             rows, tokenizer, chosen=data.chosen, rejected=data.rejected, prompt=data.prompt, max_tokens=data.max_tokens
         )
-        run.record("account", stage="reward", text=f"{side} pairs: {account}")
+        run.account(f"{side} pairs: {account}", "reward")
         return pairs
     if not (data.text and data.label and data.prefer):
         raise DataError("[reward] needs texts to pair", "set data.text beside data.label and data.prefer")
     chosen_rejected, account = prepare.pairs(
         rows, text=data.text, label=data.label, prefer=data.prefer, group=data.group, per_group=per_group, seed=seed
     )
-    run.record("account", stage="reward", text=f"{side} pairs: {account}")
+    run.account(f"{side} pairs: {account}", "reward")
     examples, account = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     ids = {example.row: example.ids for example in examples}
     kept = [prepare.Pair(ids[c], ids[r]) for c, r in chosen_rejected if c in ids and r in ids]
     if len(kept) < len(chosen_rejected):
-        run.record(
-            "account", stage="reward", text=f"{side} pairs: {len(chosen_rejected) - len(kept)} too long: {account}"
-        )
+        run.account(f"{side} pairs: {len(chosen_rejected) - len(kept)} too long: {account}", "reward")
     return kept
 
 
@@ -97,5 +95,5 @@ def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str) -> li
         messages=data.messages if not data.prompt else None,
         max_tokens=data.max_tokens - rl.max_tokens,
     )
-    run.record("account", stage="rl", text=f"{side} prompts: {account}")
+    run.account(f"{side} prompts: {account}", "rl")
     return prompts

@@ -28,7 +28,7 @@ import torch
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
 from upslope.config import Recipe
 from upslope.errors import RunError
-from upslope.observe.events import EventLog
+from upslope.observe.events import EventLog, read_events
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
 from upslope.version import VERSION
@@ -45,18 +45,27 @@ class Run:
         self.stop_requested = False
         _make_folder(folder)
         self.lock = RunLock(folder)
+        try:
+            self._open(plain)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self, plain: bool | None) -> None:
         self._check_same_recipe()
         sizes = self._log_sizes()
         self.facts = self._machine_facts()
-        self.log = EventLog(folder / "events.jsonl", keep_bytes=sizes["events"])
-        self.episodes = EventLog(folder / "episodes.jsonl", keep_bytes=sizes["episodes"])
-        self.tensorboard = TensorBoardLog(folder / "tensorboard")
+        self.log = EventLog(self.folder / "events.jsonl", keep_bytes=sizes["events"])
+        self.episodes = EventLog(self.folder / "episodes.jsonl", keep_bytes=sizes["episodes"])
+        kept = read_events(self.log.path)
+        self.accounts = {(e.get("stage"), e["text"]) for e in kept if e["kind"] == "account"}
+        self.tensorboard = TensorBoardLog(self.folder / "tensorboard")
         self.terminal = Terminal(plain)
-        self.terminal.start([*recipe.stages, "eval"] if recipe.rl else recipe.stages)
+        self.terminal.start([*self.recipe.stages, "eval"] if self.recipe.rl else self.recipe.stages)
         self.plan: dict[str, float] = {}
         self._stage_start: tuple[str, float, float] | None = None
-        if not sizes["events"]:
-            self.record("run", recipe=recipe.model_dump(mode="json"), versions=versions(), machine=self.facts)
+        if not kept:
+            self.record("run", recipe=self.recipe.model_dump(mode="json"), versions=versions(), machine=self.facts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +100,12 @@ class Run:
         self.terminal.event(event)
         if kind in ("step", "eval"):
             self.tensorboard.event(event)
+
+    def account(self, text: str, stage: str | None = None) -> None:
+        """Say what became of the data; a resumed run, which prepares it anew, records nothing twice."""
+        if (stage, text) not in self.accounts:
+            self.accounts.add((stage, text))
+            self.record("account", stage=stage, text=text)
 
     def progress(self, stage: str, done: float, total: float, phase: str) -> None:
         """Show how far a stage is, with the time left for it and for the whole run at the speed seen so far."""

@@ -1,0 +1,66 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from upslope.config import shipped_recipes
+
+
+def upslope(*arguments, stdin=""):
+    command = [sys.executable, "-c", "from upslope.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=120)
+
+
+def test_help_is_instant():
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = upslope("--help")
+        seconds.append(time.perf_counter() - begin)
+    assert done.returncode == 0 and min(seconds) < 1.0  # 0.2 s alone; the suite's other worker shares the machine
+    for command in ("train", "eval", "generate", "chat", "export", "report", "recipes"):
+        assert command in done.stdout
+    imported = (
+        "import sys; import upslope.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "sentiment-ppo", "-s", "rl.lamda=1"), "unknown key 'rl.lamda'; did you mean 'lam'?"),
+        (("train", "no-such-recipe"), "no recipe 'no-such-recipe'"),
+        (("report", "nowhere"), "is not a run folder"),
+        (("generate", "no/such/model", "hi"), "no such file or folder"),
+        (("eval", "nowhere"), "has no finished rl stage"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments, message):
+    done = upslope(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback_and_wrong_options_are_told():
+    assert "Traceback" in upslope("train", "no-such-recipe", "--debug").stderr
+    done = upslope("train", "sentiment-ppo", "--ouput", "x")
+    assert done.returncode == 2 and "--ouput" in done.stderr
+
+
+def test_recipes_are_listed_and_printed():
+    listed = upslope("recipes")
+    for name, path in shipped_recipes().items():
+        assert name in listed.stdout
+        assert upslope("recipes", name).stdout == path.read_text()
+
+
+def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path):
+    done = upslope("generate", model_dir, "a fine", "--max-tokens", "4", "--samples", "2", "--seed", "1")
+    assert done.returncode == 0 and done.stdout.count("a fine") >= 2, done.stderr
+    talk = upslope("chat", model_dir, "--max-tokens", "4", stdin="hi\n\n")
+    assert talk.returncode == 0 and "model:" in talk.stdout
+    assert upslope("export", model_dir, tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()

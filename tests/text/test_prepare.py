@@ -1,0 +1,122 @@
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upslope.errors import DataError
+from upslope.text import prepare
+
+FRACTIONS = {"train": 0.6, "valid": 0.2, "test": 0.2}
+
+
+def table(**columns):
+    return Dataset.from_dict(columns)
+
+
+def test_cleaning_says_what_was_dropped_and_why():
+    rows = table(text=["fine", " FINE ", "", None, "x" * 50, "ok", "no"], kind=["a"] * 6 + ["b"])
+    kept, account = prepare.clean(rows, text="text", min_chars=2, max_chars=40, keep={"kind": ["a"]})
+    assert kept["text"][:] == ["fine", "ok"]
+    assert account.dropped == {"repeated": 1, "without text": 2, "outside 2 to 40 characters": 1, "of another kind": 1}
+    assert account.kept + sum(account.dropped.values()) == account.read
+    assert str(account).startswith("2 rows of 7; dropped: 1 repeated (first: row 1)")
+
+
+def test_all_filtered_names_the_chief_reason():
+    with pytest.raises(DataError, match=r"no rows left of 2: of another kind \(2 of 2\)"):
+        prepare.clean(table(text=["a", "b"], kind=["x", "x"]), text="text", keep={"kind": ["y"]})
+
+
+@given(st.lists(st.integers(0, 40), min_size=60, max_size=120), st.integers(0, 5))
+@settings(deadline=None, max_examples=25)
+def test_no_group_stands_on_two_sides_and_no_row_is_lost(groups, seed):
+    rows = table(g=[f"g{n}" for n in groups], i=list(range(len(groups))))
+    try:
+        sides, _ = prepare.split(rows, group="g", fractions=FRACTIONS, seed=seed)
+    except DataError as error:
+        assert "side of the split is empty" in str(error)
+        return
+    names = [set(side["g"]) for side in sides.values()]
+    assert not (names[0] & names[1] or names[0] & names[2] or names[1] & names[2])
+    assert sorted(i for side in sides.values() for i in side["i"]) == list(range(len(groups)))
+
+
+def test_more_rows_never_move_a_group_and_the_seed_does():
+    many = [f"g{n}" for n in range(200)]
+    few, _ = prepare.split(table(g=many[:100]), group="g", fractions=FRACTIONS, seed=1)
+    more, _ = prepare.split(table(g=many), group="g", fractions=FRACTIONS, seed=1)
+    other, _ = prepare.split(table(g=many), group="g", fractions=FRACTIONS, seed=2)
+    assert all(set(few[side]["g"]) <= set(more[side]["g"]) for side in FRACTIONS)
+    assert set(more["test"]["g"]) != set(other["test"]["g"])
+    assert abs(len(more["train"]) - 120) < 25
+
+
+def test_without_groups_equal_rows_stay_together():
+    rows = table(text=[f"t{n % 50}" for n in range(100)])
+    sides, _ = prepare.split(rows, group=None, fractions=FRACTIONS, seed=0)
+    texts = [set(side["text"]) for side in sides.values()]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+
+
+def test_c4_c49_eos_is_learned_and_prompts_are_not(tokenizer):
+    (example,), _ = prepare.text_examples(table(t=["a film"]), tokenizer, text="t", max_tokens=50)
+    assert example.ids[-1] == tokenizer.eos_id and all(example.trained)
+    rows = table(p=["a film: "], c=["fine"])
+    (example,), _ = prepare.completion_examples(rows, tokenizer, prompt="p", completion="c", max_tokens=50)
+    learned = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(learned, skip_special=False) == "fine<|im_end|>"
+
+
+def test_c49_chat_trains_what_the_assistant_says_with_its_end(tokenizer):
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "no"},
+    ]
+    (example,), _ = prepare.chat_examples(table(m=[turns]), tokenizer, messages="m", max_tokens=500)
+    learned = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(learned, skip_special=False) == "yes<|im_end|>no<|im_end|>"
+    assert example.ids[: len(tokenizer.chat(turns, generation_prompt=False))] == tokenizer.chat(
+        turns, generation_prompt=False
+    )
+
+
+def test_too_long_is_dropped_never_cut(tokenizer):
+    rows = table(t=["a", "a fine film, full of life and of death and of all that lies between"])
+    kept, account = prepare.text_examples(rows, tokenizer, text="t", max_tokens=10)
+    assert (
+        len(kept) == 1
+        and account.dropped == {"longer than 10 tokens": 1}
+        and account.first == {"longer than 10 tokens": 1}
+    )
+
+
+def test_pairs_stay_in_their_group_and_prefer_comes_first():
+    rows = table(t=list("abcdefg"), l=["+", "-", "-", "+", "-", "+", "+"], g=[1, 1, 1, 2, 2, 3, 3])
+    found, account = prepare.pairs(rows, text="t", label="l", prefer="+", group="g", per_group=5, seed=0)
+    for better, other in found:
+        assert rows[better]["l"] == "+" and rows[other]["l"] == "-" and rows[better]["g"] == rows[other]["g"]
+    assert len(found) == 3 and account.dropped == {"without both '+' and another label": 1}
+    again, _ = prepare.pairs(rows, text="t", label="l", prefer="+", group="g", per_group=5, seed=0)
+    assert found == again
+
+
+def test_c48_pairs_with_equal_sides_are_dropped_and_counted(tokenizer):
+    rows = table(c=["a", "b"], r=["a", "c"])
+    found, account = prepare.pair_examples(rows, tokenizer, chosen="c", rejected="r", prompt=None, max_tokens=9)
+    assert len(found) == 1 and account.dropped == {"with two equal sides": 1}
+
+
+def test_prompts_are_first_words_and_draw_their_number_by_the_text_alone(tokenizer):
+    texts = ["a fine film, full of life", "short", "the best of them all"]
+    made, account = prepare.prompts(table(t=texts), tokenizer, text="t", words=(2, 3), max_tokens=50)
+    assert account.dropped and len(made) == 2
+    assert all(p.row["t"].startswith(p.text) and 2 <= len(p.text.split()) <= 3 for p in made)
+    alone, _ = prepare.prompts(table(t=texts[2:]), tokenizer, text="t", words=(2, 3), max_tokens=50)
+    assert alone[0] == made[1]
+
+
+def test_c7_prompts_too_long_are_dropped_with_a_count(tokenizer):
+    with pytest.raises(DataError, match=r"no prompts left of 1: longer than 2 tokens \(1 of 1\)"):
+        prepare.prompts(table(p=["a very long prompt"]), tokenizer, prompt="p", max_tokens=2)

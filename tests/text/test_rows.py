@@ -1,0 +1,73 @@
+import bz2
+import gzip
+import json
+
+import pytest
+from datasets import Dataset
+
+from upslope.errors import DataError
+from upslope.text.rows import load_rows, require_columns
+
+ROWS = [{"text": 'naïve, "quoted"', "n": 1}, {"text": "zwei\nlines", "n": 2}]
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
+    files = [
+        write(tmp_path / "a.jsonl", lines),
+        write(tmp_path / "b.jsonl.bz2", bz2.compress(lines)),
+        write(tmp_path / "c.jsonl.gz", gzip.compress(lines)),
+        write(tmp_path / "d.json", json.dumps(ROWS).encode()),
+        write(tmp_path / "e.jsonl", b"\xef\xbb\xbf" + lines + b"\n\n"),
+    ]
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "f.parquet"))
+    for file in [*files, tmp_path / "f.parquet", ROWS, Dataset.from_list(ROWS)]:
+        assert load_rows(file).to_list() == ROWS
+    csv = write(tmp_path / "g.csv", 'text,n\n"naïve, ""quoted""",1\n"zwei\nlines",2\n'.encode())
+    assert [r["text"] for r in load_rows(csv)] == [r["text"] for r in ROWS]
+    tsv = write(tmp_path / "h.tsv", b"text\tn\nx\t1\n")
+    assert load_rows(tsv).to_list() == [{"text": "x", "n": "1"}]
+
+
+def test_a_limit_reads_no_further(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"a": 1}\n{"a": 2}\nnot json\n')
+    assert load_rows(path, limit=2)["a"][:] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8: byte 8 is 0xff"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1 is a list, not an object"),
+        ("a.jsonl", b"", "has no rows"),
+        ("a.csv", b"", "has no rows"),
+        ("a.csv", b"a,b\n1,2\n3\n", "line 3 has 1 fields, the header 2"),
+        ("a.csv", b'a,b\n1,"2\n', "line 2 is not CSV"),
+        ("a.json", b"{}", "not a list of objects"),
+        ("a.parquet", b"PAR1garbage", "not a whole parquet"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:20], "cannot read"),
+        ("a.txt", b"x", "files of kind .txt"),
+        ("a.jsonl", b'{"a": 1}\n{"a": {"b": 2}}\n', "a.jsonl"),
+    ],
+)
+def test_damaged_files_are_told_by_line(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(write(tmp_path / name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_rows_wrong_types_and_missing_columns(tmp_path):
+    with pytest.raises(DataError, match="there are no rows"):
+        load_rows([])
+    with pytest.raises(DataError, match="rows of type int"):
+        load_rows(3)
+    with pytest.raises(DataError, match="is a folder"):
+        load_rows(tmp_path)
+    with pytest.raises(DataError, match="no column 'txt'; did you mean 'text'"):
+        require_columns(Dataset.from_list(ROWS), ["txt"], "rows")

@@ -64,7 +64,7 @@ def test_three_stages_a_table_and_a_report(unbroken):
     assert len(episodes) == 18 and all(e["total"] is not None for e in episodes)
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     names = [row[0] for row in table["rows"]]
-    assert names[:2] == ["reward: learned", "judge: vader"] and "perplexity under the original model" in names
+    assert names[:2] == ["reward: learned", "judge: vader"] and "perplexity, original model" in names
     assert (folder / "report.html").stat().st_size > 50_000
     assert not list(folder.glob("*/checkpoints"))
 

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -142,9 +143,9 @@ def duration(seconds: float) -> str:
 
 
 def _table(event: dict[str, Any]) -> Table:
-    table = Table(title=event["title"], title_justify="left", title_style="bold")
+    table = Table(title=event["title"], title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for number, name in enumerate(event["columns"]):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in event["rows"]:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(str(cell).replace(" [", "\n[")) for cell in row))  # the interval below its value
     return table

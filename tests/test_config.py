@@ -79,7 +79,7 @@ def test_files_that_are_no_recipe(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
-    with pytest.raises(RecipeError, match="no recipe 'sentimentppo'.*sentiment-ppo"):
+    with pytest.raises(RecipeError, match=r"no recipe 'sentimentppo'.*sentiment-ppo"):
         load_recipe("sentimentppo")
     with pytest.raises(RecipeError, match="is a folder"):
         load_recipe(tmp_path)
@@ -98,6 +98,6 @@ def test_there_are_few_keys():
 
 
 def test_reading_a_recipe_needs_no_torch():
-    code = "import sys; from upslope.config import load_recipe; load_recipe('sentiment-ppo'); print('torch' in sys.modules)"
+    code = "import sys; from upslope.config import load_recipe as r; r('sentiment-ppo'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

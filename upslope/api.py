@@ -106,7 +106,12 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(
-        DecoderRunner(model, dtype=chosen), eos_id=tokenizer.eos_id, slots=slots, seed=0, text_of=tokenizer.decode
+        DecoderRunner(model, dtype=chosen),
+        eos_id=tokenizer.eos_id,
+        slots=slots,
+        seed=0,
+        text_of=tokenizer.decode,
+        valid_vocab=tokenizer.vocab_size,
     )
     engine.load(model, version=0)
     return LoadedModel(model, tokenizer, engine, path)

@@ -179,9 +179,17 @@ def main() -> None:
             traceback.print_exc()
         print(f"{'' if error.exit_code == 130 else 'error: '}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(
+            f"error: {error.filename or 'the system'}: {error.strerror or error}; free space or mend its permissions",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line tells itself
         if show is None:

@@ -210,7 +210,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises RecipeError, in one line: the key, the value seen, and what to change.
     """
     raw = dict(source) if isinstance(source, Mapping) else _read_toml(find_recipe(source))
-    raw = json.loads(json.dumps(raw))  # a copy down to the leaves: the caller's tables stay as they are
+    try:
+        raw = json.loads(json.dumps(raw))  # a copy down to the leaves: the caller's tables stay as they are
+    except TypeError as error:
+        raise RecipeError(f"recipe: {error}", "use numbers, strings, lists and tables; paths as strings") from None
     for override in overrides:
         _apply(raw, override)
     defaults = raw.get("optim", {})

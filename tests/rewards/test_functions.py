@@ -44,6 +44,13 @@ def test_c54_failures_are_a_state_of_their_own_and_never_a_zero():
     assert reasons["none"] == "returned None, not a number" and reasons["nan"] == "returned nan"
 
 
+def test_a_function_that_always_hangs_is_not_waited_for_row_by_row():
+    begin = time.monotonic()
+    output = score(troublesome, ["hang"] * 64, timeout_s=0.3)
+    assert time.monotonic() - begin < 15
+    assert all(output.failure_B) and any("not tried after 16 hangs" in f for f in output.failure_B)
+
+
 def test_a_wrong_number_of_scores_is_nobodys_row():
     with pytest.raises(RewardError, match="mine returned 1 scores for 3 completions; return one number for each"):
         score(lambda p, c, r: [1.0], ["a", "b", "c"])

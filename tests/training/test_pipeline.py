@@ -58,7 +58,7 @@ def unbroken(tmp_path_factory, model_dir, rows):
 
 
 def test_three_stages_a_table_and_a_report(unbroken):
-    recipe, folder, (weights, events, episodes) = unbroken
+    _, folder, (weights, events, episodes) = unbroken
     assert set(weights) == {"sft", "reward", "rl"}
     assert len([e for e in events if e["kind"] == "step"]) == 3 + 3 + 3
     assert len(episodes) == 18 and all(e["total"] is not None for e in episodes)
@@ -148,7 +148,9 @@ def test_the_users_own_reward_and_rows(recipe, rows, tmp_path):
         assert e["rewards"] == {"count_vowels": count_vowels([], [e["completion"]], [])[0]}
     loaded = upslope.load(folder, dtype="fp32")
     assert len(loaded.generate(["a fine", "a dull"], max_tokens=5, samples=2)) == 4
-    assert loaded.generate(["a fine"], temperature=0, max_tokens=9) == loaded.generate(["a fine"], temperature=0, max_tokens=9, seed=3)
+    assert loaded.generate(["a fine"], temperature=0, max_tokens=9) == loaded.generate(
+        ["a fine"], temperature=0, max_tokens=9, seed=3
+    )
 
 
 @pytest.mark.parametrize("critic", ["detached", "separate"])
@@ -202,7 +204,7 @@ def test_c43_a_tokenizer_larger_than_the_model_is_refused(recipe, rows, tmp_path
     shutil.copytree(model_dir, tmp_path / "model")
     save_decoder(tiny_decoder(vocab_size=50), tmp_path / "model")
     recipe["model"] = str(tmp_path / "model")
-    with pytest.raises(ModelError, match="the tokenizer has 2.. tokens, the model .* only 50"):
+    with pytest.raises(ModelError, match=r"the tokenizer has 2.. tokens, the model .* only 50"):
         upslope.train(recipe, rows=rows, out=tmp_path / "run", plain=True)
 
 

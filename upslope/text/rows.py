@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from upslope.errors import DataError
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def load_rows(source: Any, *, limit: int | None = None) -> Dataset:
@@ -116,7 +116,7 @@ def _from_parquet(path: Path, limit: int | None) -> Dataset:
 def _open(path: Path) -> IO[bytes]:
     if not path.is_file():
         raise DataError(f"no such file: {path}", "check the path")
-    opener: Callable[..., Any] = OPENERS.get(path.suffix, Path.open)
+    opener = OPENERS.get(path.suffix, open)
     opened: IO[bytes] = opener(path, "rb")
     return opened
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from upslope.errors import ModelError
+from upslope.errors import ModelError, RunError
 from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.hf import load_decoder, save_decoder
@@ -21,20 +23,21 @@ from upslope.training.run import Run
 def export_policy(run: Run, stage: str, model: Decoder | ActorCritic, tokenizer: Tokenizer) -> Path:
     """Write STAGE/model; a critic goes beside it, as STAGE/critic.safetensors."""
     policy = model.policy if isinstance(model, ActorCritic) else model
-    folder = _replace_folder(run.stage_folder(stage) / "model", policy, tokenizer)
-    if isinstance(model, ActorCritic):
-        critic = {n: t.contiguous() for n, t in model.state_dict().items() if not n.startswith("policy.")}
-        if critic:
-            save_file(critic, run.stage_folder(stage) / "critic.safetensors")
-    return folder
+    with _writing(run.stage_folder(stage)):
+        if isinstance(model, ActorCritic):
+            critic = {n: t.contiguous() for n, t in model.state_dict().items() if not n.startswith("policy.")}
+            if critic:
+                save_file(critic, run.stage_folder(stage) / "critic.safetensors")
+        return _replace_folder(run.stage_folder(stage) / "model", policy, tokenizer)
 
 
 def export_reward_model(run: Run, stage: str, model: RewardModel, tokenizer: Tokenizer) -> Path:
     """Write STAGE/model: the trunk in Hugging Face layout, the scalar head and its scale beside it."""
-    folder = _replace_folder(run.stage_folder(stage) / "model", model.trunk, tokenizer)
     head = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.startswith("trunk.")}
-    save_file(head, folder / "reward_head.safetensors")
-    return folder
+    with _writing(run.stage_folder(stage)):
+        folder = _replace_folder(run.stage_folder(stage) / "model", model.trunk, tokenizer)
+        save_file(head, folder / "reward_head.safetensors")
+        return folder
 
 
 def load_reward_model(folder: Path, *, dtype: torch.dtype) -> RewardModel:
@@ -52,6 +55,19 @@ def load_reward_model(folder: Path, *, dtype: torch.dtype) -> RewardModel:
     if missing or unexpected:
         raise ModelError(f"{path} does not fit: missing {missing}, extra {unexpected}", "train the reward stage again")
     return model
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses is one line; the checkpoint before it still stands."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunError(
+            f"cannot write the model under {folder}: {reason}", "free space; the same command carries on"
+        ) from None
 
 
 def _replace_folder(folder: Path, model: Decoder, tokenizer: Tokenizer) -> Path:

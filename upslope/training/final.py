@@ -41,7 +41,14 @@ def evaluate_policies(
         rl = run.recipe.rl
         assert rl is not None
         runner = DecoderRunner(policy, dtype=run.dtype)
-        engine = Engine(runner, eos_id=tokenizer.eos_id, slots=rl.slots, seed=run.recipe.seed, text_of=tokenizer.decode)
+        engine = Engine(
+            runner,
+            eos_id=tokenizer.eos_id,
+            slots=rl.slots,
+            seed=run.recipe.seed,
+            text_of=tokenizer.decode,
+            valid_vocab=tokenizer.vocab_size,
+        )
         engine.load(policy, version=number)
         keys = list(range(len(prompts)))
         episodes = generate(run, engine, tokenizer, prompts, keys, sampling_of(rl), samples=1, step=EVAL_STEP - draw)

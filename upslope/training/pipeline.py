@@ -23,6 +23,7 @@ from upslope.training.algorithms import ALGORITHMS
 from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
+from upslope.training.probe import ProbeSource, probe_folder
 from upslope.training.reward_model import run_reward
 from upslope.training.rl import Actors, run_rl
 from upslope.training.run import Run
@@ -139,17 +140,20 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
 
 
 def plan_work(recipe: Recipe) -> dict[str, float]:
-    """Work of each stage in token passes (a forward pass is 1, a training one 3), for the time left."""
+    """Work of each stage in token passes, for the time left: a forward pass is 1, a training one 3.
+
+    A reward model trains for 2 (it has no vocabulary to project to); a completion is taken to be 0.6 of its limit.
+    """
     plan: dict[str, float] = {}
     for name in ("pretrain", "sft"):
         stage = getattr(recipe, name)
         if stage:
             plan[name] = 3 * MEAN_TOKENS * stage.steps * stage.batch
     if recipe.reward:
-        plan["reward"] = 3 * 2 * MEAN_TOKENS * recipe.reward.steps * recipe.reward.batch
+        plan["reward"] = 2 * 2 * MEAN_TOKENS * recipe.reward.steps * recipe.reward.batch
     if recipe.rl:
         rl = recipe.rl
-        tokens = rl.max_tokens + 8
+        tokens = 0.6 * rl.max_tokens + 6
         plan["rl"] = rl.steps * rl.episodes * tokens * (5 + 3 * rl.epochs)
         plan["eval"] = 2 * recipe.eval.prompts * tokens * 7
     return plan
@@ -197,6 +201,7 @@ def _rl(p: Pipeline) -> None:
         slots=rl.slots,
         seed=p.recipe.seed,
         text_of=p.tokenizer.decode,
+        valid_vocab=p.tokenizer.vocab_size,
     )
     scorer = p.scorer()
     try:
@@ -215,9 +220,7 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     before = p.decoder(p.source_of("rl"), trained=False)
     after = p.decoder(str(p.stage_folder("rl") / "model"), trained=False)
     base = p.decoder(p.recipe.model, trained=False)
-    assert p.recipe.rl is not None
-    timeout = p.recipe.rl.timeout_s
-    judges = Scorer([FunctionSource(j, source_name(j), timeout) for j in cfg.judges], [0.0] * len(cfg.judges), 1.0)
+    judges = _judges(p)
     scorer = p.scorer()
     try:
         outcomes = evaluate_policies(p.run, [before, after], base, p.tokenizer, scorer, judges, prompts, draw)
@@ -227,6 +230,21 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     found = record_comparison(p.run, prompts, outcomes)
     closing = {name: {"before": row[0].value, "after": row[1].value} for name, row in found.items()}
     p.run.mark_done("eval", closing)
+
+
+def _judges(p: Pipeline) -> Scorer:
+    """The recipe's judges and, where its encoder is installed and rows have labels, the probe."""
+    data, rl = p.recipe.data, p.recipe.rl
+    assert rl is not None
+    sources: list[Source] = [FunctionSource(j, source_name(j), rl.timeout_s) for j in p.recipe.eval.judges]
+    folder = probe_folder()
+    if folder is not None and data.text and data.label and data.prefer:
+        train, held_out = p.splits["train"], _held_out(p.splits)
+        columns = {"text": data.text, "label": data.label, "prefer": data.prefer}
+        probe = ProbeSource(folder, train, held_out, seed=p.recipe.seed, **columns)
+        p.run.account(f"judge {probe.name}: right on {100 * probe.accuracy:.1f} % of unseen labelled rows", "eval")
+        sources.append(probe)
+    return Scorer(sources, [0.0] * len(sources), 1.0)
 
 
 STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {

@@ -99,4 +99,4 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         states.setdefault(name, {})[entry] = value
     for name, parameter in model.named_parameters():
         if name in states:
-            optimizer.state[parameter] = states[name]
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in states[name].items()}

@@ -44,12 +44,12 @@ class Outcome:
         """Name -> (statistic over drawn prompts, digits shown). A failed reward (nan) is left out of its mean."""
         table: dict[str, tuple[Statistic, int]] = {}
         for name, values in self.scores.items():
-            table[name] = (lambda i, v=values: float(np.nanmean(v[i])), 3)  # type: ignore[misc]
+            table[name] = (lambda i, v=values: float(np.nanmean(v[i])), 2)  # type: ignore[misc]
         table["KL to the start, nats"] = (lambda i: float(self.kl_P[i].mean()), 2)
         nll, tokens = self.base_nll_P, self.tokens_P
         table["perplexity, original model"] = (lambda i: float(np.exp(nll[i].sum() / tokens[i].sum())), 1)
         for n in (1, 2):
-            table[f"distinct-{n}"] = (lambda i, n=n: distinct_n([self.completions[j] for j in i], n), 3)  # type: ignore[misc]
+            table[f"distinct-{n}"] = (lambda i, n=n: distinct_n([self.completions[j] for j in i], n), 2)  # type: ignore[misc]
         table["mean length, tokens"] = (lambda i: float(self.tokens_P[i].mean()), 1)
         table["ended by itself"] = (lambda i: float(self.ended_P[i].mean()), 2)
         return table

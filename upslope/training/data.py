@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from upslope.algo.random import permutation
 from upslope.config import Data
 from upslope.errors import DataError
 from upslope.sources import resolve
@@ -35,7 +36,8 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
     splits, account = prepare.split(table, group=data.group, fractions=fractions, seed=seed)
     run.account(f"split: {account}")
-    return splits
+    # in an order of their own, so that the first n of a side are a sample of all its groups
+    return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
 
 
 def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:

@@ -34,7 +34,7 @@ Seed = Annotated[int, typer.Option(min=0)]
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks of errors (before the command's name).")
+        bool, typer.Option("--debug", help="Show tracebacks of errors.")
     ] = False,
 ) -> None:
     if version:

@@ -123,7 +123,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(module, "_write", lambda *arguments: pytest.fail("written without space"))
-    with pytest.raises(RunError, match="400002 bytes needed, 1000100 bytes free; free space"):
+    with pytest.raises(RunError, match="1408002 bytes needed, 1000100 bytes free; free space"):
         save_checkpoint(tmp_path, 2, tensors={"model": {"w": torch.ones(100_000)}}, state={})
     assert names(tmp_path) == ["step-00000001"]
 

@@ -185,7 +185,8 @@ class RunLock:
 
 def _need_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < needed * 1.02 + 1_000_000:
+    needed = int(needed * 1.02) + 1_000_000  # headers, manifest, and the logs that grow meanwhile
+    if free < needed:
         raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} bytes free")
 
 

@@ -44,7 +44,7 @@ class Outcome:
         """Name -> (statistic over drawn prompts, digits shown). A failed reward (nan) is left out of its mean."""
         table: dict[str, tuple[Statistic, int]] = {}
         for name, values in self.scores.items():
-            table[name] = (lambda i, v=values: float(np.nanmean(v[i])), 2)  # type: ignore[misc]
+            table[name] = (lambda i, v=values: _mean(v[i]), 2)  # type: ignore[misc]
         table["KL to the start, nats"] = (lambda i: float(self.kl_P[i].mean()), 2)
         nll, tokens = self.base_nll_P, self.tokens_P
         table["perplexity, original model"] = (lambda i: float(np.exp(nll[i].sum() / tokens[i].sum())), 1)
@@ -92,6 +92,12 @@ def table_rows(outcomes: Sequence[Outcome], found: dict[str, list[Estimate]]) ->
     """Rows for people: the name, then value [low, high] of each estimate."""
     digits = {name: shown for name, (_, shown) in outcomes[0].statistics().items()}
     return [[name, *(e.text(digits[name]) for e in row)] for name, row in found.items()]
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of the scores that did not fail; nan where every one did."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _estimate(value: float, samples: np.ndarray, *, centred: bool) -> Estimate:

@@ -139,6 +139,15 @@ def test_a_folder_of_another_run_is_left_alone(unbroken, rows):
     same(outcome(folder), first)
 
 
+def test_a_first_try_that_came_to_nothing_does_not_hold_its_folder(recipe, rows, tmp_path):
+    del recipe["reward"], recipe["rl"]
+    with pytest.raises(DataError, match="no column"):
+        upslope.train(recipe, "data.text=txt", rows=rows, out=tmp_path / "run", plain=True)
+    folder = upslope.train(recipe, rows=rows, out=tmp_path / "run", plain=True)
+    assert json.loads((folder / "recipe.json").read_text())["data"]["text"] == "text"
+    assert (folder / "sft" / "done.json").is_file()
+
+
 def test_the_users_own_reward_and_rows(recipe, rows, tmp_path):
     del recipe["reward"], recipe["sft"]
     folder = upslope.train(recipe, "rl.samples=2", reward=count_vowels, rows=rows, out=tmp_path, plain=True)

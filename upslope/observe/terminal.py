@@ -106,7 +106,8 @@ class Terminal:
             self.note(f"\n{sample['prompt']} ...", style="bold")
             for side, style in (("before", "dim"), ("after", "")):
                 place = 0 if side == "before" else 1
-                scores = "  ".join(f"{n.split(': ')[-1]} {v[place]:+.2f}" for n, v in sample["scores"].items())
+                shown = {n.split(": ")[-1]: v[place] for n, v in sample["scores"].items()}
+                scores = "  ".join(f"{n} failed" if v is None else f"{n} {v:+.2f}" for n, v in shown.items())
                 self.note(f"  {side:7}{sample[side].strip()}   ({scores})", style=style)
 
     def _print(self, what: RenderableType) -> None:

@@ -46,7 +46,7 @@ class Tokenizer:
         except Exception as error:  # transformers raises many kinds for files it cannot use
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise DataError(
-                f"no usable tokenizer in {source}: {reason}", "name a folder with tokenizer.json, or a .gguf"
+                f"no usable tokenizer in {source}: {reason}", "name a folder with tokenizer.json, or a whole .gguf"
             ) from None
         return Tokenizer(inner, str(source))
 

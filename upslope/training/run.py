@@ -168,12 +168,18 @@ class Run:
         old = json.loads(path.read_text())
         changed = _differences(old, new)
         changed = [c for c in changed if not c.startswith("checkpoint_minutes:")]
-        if changed:
+        if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
+            (self.folder / "machine.json").unlink(missing_ok=True)
+            atomic_write_text(path, json.dumps(new, indent=1))
+        elif changed:
             more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
             raise RunError(
                 f"{self.folder} holds a run of another recipe: {'; '.join(changed[:2])}{more}",
                 "choose another folder with -o, or remove that one",
             )
+
+    def _has_progress(self) -> bool:
+        return any(any(self.folder.glob(pattern)) for pattern in ("*/done.json", "*/checkpoints/*"))
 
     def _log_sizes(self) -> dict[str, int]:
         for stage in reversed([*self.recipe.stages, "eval"]):

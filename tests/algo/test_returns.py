@@ -115,3 +115,45 @@ def test_c25_equal_scores_give_exactly_zero_whatever_their_size():
 def test_groups_of_one_have_no_leave_one_out_baseline():
     with pytest.raises(ValueError, match="at least two"):
         group_advantages(T([1.0]), T([0]), baseline="leave_one_out")
+
+
+@pytest.mark.parametrize("starts", [[0, 2], [2, 4], [0, 3, 1, 4], [0, 5], []])
+def test_offsets_that_leave_out_or_repeat_a_token_are_refused(starts):
+    with pytest.raises(ValueError, match="4 tokens"):
+        discounted_returns(torch.ones(4), torch.tensor(starts, dtype=torch.int64), gamma=0.5)
+    with pytest.raises(ValueError, match="4 tokens"):
+        gae(torch.ones(4), torch.ones(4), torch.tensor(starts, dtype=torch.int64), gamma=0.5, lam=0.5)
+
+
+def test_a_bootstrap_value_too_many_is_refused():
+    with pytest.raises(ValueError, match="2 bootstrap values for 1"):
+        discounted_returns(torch.ones(2), T([0, 2]), gamma=0.5, bootstrap_B=torch.ones(2))
+
+
+def test_c22_a_broken_episode_stays_alone():
+    reward, value = torch.ones(6), T([1.0, 2.0, float("nan"), float("inf"), 1.0, 2.0])
+    advantage, _ = gae(reward, value, T([0, 2, 4, 6]), gamma=0.9, lam=0.9)
+    alone, _ = gae(torch.ones(2), T([1.0, 2.0]), T([0, 2]), gamma=0.9, lam=0.9)
+    assert advantage[:2].tolist() == advantage[4:].tolist() == alone.tolist()
+
+
+def test_nothing_is_made_on_another_device_than_the_inputs():
+    reward, value, starts, boot = torch.ones(4), torch.ones(4), T([0, 1, 4]), torch.ones(2)
+    score, group = T([1.0, 2.0, 4.0]), T([0, 0, 0])
+    with torch.device("meta"):  # whatever forgets to say where it wants to be ends up here
+        assert gae(reward, value, starts, gamma=0.9, lam=0.9, bootstrap_B=boot)[0].device.type == "cpu"
+        assert discounted_returns(reward, starts, gamma=0.9).device.type == "cpu"
+        for scale in ("none", "std"):
+            assert group_advantages(score, group, scale=scale).device.type == "cpu"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_c54_a_failed_score_is_no_zero_in_its_group(bad):
+    with pytest.raises(ValueError, match="1 of 3 scores"):
+        group_advantages(T([1.0, bad, 3.0]), T([0, 0, 0]))
+
+
+@pytest.mark.parametrize("score", [[0.0, 1e-30, 0.0], [1e8, 1e8 + 8, 1e8], [5.0, 8.0, 5.0]])
+def test_c25_a_scaled_group_has_mean_zero_and_deviation_one_whatever_its_size_and_offset(score):
+    advantage = group_advantages(T(score), T([0, 0, 0]), scale="std")
+    torch.testing.assert_close(advantage, T([-1.0, 2.0, -1.0]) / 2**0.5, atol=1e-5, rtol=0)

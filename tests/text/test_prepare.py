@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from upslope.errors import DataError
 from upslope.text import prepare
+from upslope.text.tokenizer import Tokenizer
 
 FRACTIONS = {"train": 0.6, "valid": 0.2, "test": 0.2}
 
@@ -58,6 +61,28 @@ def test_without_groups_equal_rows_stay_together():
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
 
 
+def test_without_groups_equal_prompts_stay_together_whatever_else_a_row_holds():
+    rows = table(id=list(range(200)), prompt=[f"p{n % 20}" for n in range(200)])
+    sides, _ = prepare.split(rows, group=None, same="prompt", fractions={"train": 0.5, "test": 0.5}, seed=0)
+    assert not set(sides["train"]["prompt"]) & set(sides["test"]["prompt"])
+    assert len(sides["train"]) + len(sides["test"]) == 200
+
+
+@given(st.lists(st.one_of(st.none(), st.text(max_size=6)), min_size=1, max_size=40), st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_cleaning_keeps_one_of_each_text_in_order_and_counts_the_rest(texts, low):
+    rows = Dataset.from_dict({"i": list(range(len(texts))), "text": [None if t is None else f"x{t}" for t in texts]})
+    try:
+        kept, account = prepare.clean(rows, text="text", min_chars=low, max_chars=5)
+    except DataError as error:
+        assert f"no rows left of {len(texts)}" in str(error)
+        return
+    folded = [" ".join(t.casefold().split()) for t in kept["text"]]
+    assert len(set(folded)) == len(folded) and list(kept["i"]) == sorted(kept["i"])
+    assert all(low <= len(t) <= 5 for t in kept["text"])
+    assert account.kept == len(kept) and account.kept + sum(account.dropped.values()) == account.read == len(texts)
+
+
 def test_c4_c49_eos_is_learned_and_prompts_are_not(tokenizer):
     (example,), _ = prepare.text_examples(table(t=["a film"]), tokenizer, text="t", max_tokens=50)
     assert example.ids[-1] == tokenizer.eos_id and all(example.trained)
@@ -82,6 +107,33 @@ def test_c49_chat_trains_what_the_assistant_says_with_its_end(tokenizer):
     )
 
 
+def test_c49_c53_an_answer_that_opens_with_a_line_break_is_learned_as_it_is_sampled(tokenizer, tmp_path):
+    """The prompt's ids are the very ones that the engine is given, whatever the answer starts with."""
+    tokenizer.save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    described["model"]["vocab"]["ĊĊ"] = tokenizer.vocab_size  # two line breaks as one token, as real ones have
+    described["model"]["merges"].append(["Ċ", "Ċ"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\n\nyes"}]
+    (example,), _ = prepare.chat_examples(table(m=[turns]), tokenizer, messages="m", max_tokens=500)
+    asked = tokenizer.chat(turns[:1])
+    assert example.ids[: len(asked)] == asked and not any(example.trained[: len(asked)])
+    learned = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(learned, skip_special=False) == "\n\nyes<|im_end|>"
+
+
+def test_malformed_conversations_and_prompts_are_dropped_with_a_count(tokenizer):
+    good = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    for make in (prepare.chat_examples, prepare.prompts):
+        made, account = make(table(m=[good, None, []]), tokenizer, messages="m", max_tokens=500)
+        assert len(made) == 1 and sum(account.dropped.values()) == 2
+        with pytest.raises(DataError, match="left of 1"):
+            make(table(m=[[{"from": "user", "value": "hi"}]]), tokenizer, messages="m", max_tokens=500)
+    with pytest.raises(DataError, match=r"no prompts left of 2: that are no text \(2 of 2\)"):
+        prepare.prompts(table(p=[1, 2]), tokenizer, prompt="p", max_tokens=9)
+
+
 def test_too_long_is_dropped_never_cut(tokenizer):
     rows = table(t=["a", "a fine film, full of life and of death and of all that lies between"])
     kept, account = prepare.text_examples(rows, tokenizer, text="t", max_tokens=10)
@@ -100,6 +152,19 @@ def test_pairs_stay_in_their_group_and_prefer_comes_first():
     assert len(found) == 3 and account.dropped == {"without both '+' and another label": 1}
     again, _ = prepare.pairs(rows, text="t", label="l", prefer="+", group="g", per_group=5, seed=0)
     assert found == again
+
+
+def test_without_groups_the_shorter_side_is_used_up():
+    rows = table(t=[str(n) for n in range(30)], l=["+"] * 10 + ["-"] * 20)
+    found, account = prepare.pairs(rows, text="t", label="l", prefer="+", group=None, per_group=3, seed=0)
+    assert len(found) == 10 == len({b for b, _ in found}) == len({o for _, o in found})
+    assert "10 pairs" in str(account)
+
+
+def test_a_row_without_a_label_is_neither_better_nor_worse():
+    rows = table(t=list("abcd"), l=["+", None, "", "-"])
+    found, account = prepare.pairs(rows, text="t", label="l", prefer="+", group=None, per_group=8, seed=0)
+    assert found == [(0, 3)] and "2 rows without a label left out" in str(account)
 
 
 def test_c48_pairs_with_equal_sides_are_dropped_and_counted(tokenizer):

@@ -6,9 +6,13 @@ import pytest
 from datasets import Dataset
 
 from upslope.errors import DataError
+from upslope.text import prepare
 from upslope.text.rows import load_rows, require_columns
 
 ROWS = [{"text": 'naïve, "quoted"', "n": 1}, {"text": "zwei\nlines", "n": 2}]
+
+PACKED = gzip.compress("".join(f"{n * n}\n" for n in range(400)).encode(), mtime=0)
+SCRAMBLED = PACKED[:40] + bytes(60) + PACKED[100:]  # whole at both ends: zlib itself gives up in the middle
 
 
 def write(path, content):
@@ -52,6 +56,9 @@ def test_a_limit_reads_no_further(tmp_path):
         ("a.json", b"{}", "not a list of objects"),
         ("a.parquet", b"PAR1garbage", "not a whole parquet"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:20], "cannot read"),
+        ("b.jsonl.gz", SCRAMBLED, "cannot read"),
+        ("b.json", b"[" * 100_000, "b.json is not JSON"),
+        ("b.csv", b"text,n,text\na,1,b\n", "line 1 names the column 'text' twice"),
         ("a.txt", b"x", "files of kind .txt"),
         ("a.jsonl", b'{"a": 1}\n{"a": {"b": 2}}\n', "a.jsonl"),
     ],
@@ -71,3 +78,28 @@ def test_no_rows_wrong_types_and_missing_columns(tmp_path):
         load_rows(tmp_path)
     with pytest.raises(DataError, match="no column 'txt'; did you mean 'text'"):
         require_columns(Dataset.from_list(ROWS), ["txt"], "rows")
+
+
+def test_endings_in_capitals_are_read(tmp_path):
+    assert load_rows(write(tmp_path / "A.CSV", b"a\nx\n")).to_list() == [{"a": "x"}]
+    assert load_rows(write(tmp_path / "B.TSV.GZ", gzip.compress(b"a\tb\nx\ty\n"))).to_list() == [{"a": "x", "b": "y"}]
+
+
+def test_local_files_leave_nothing_behind(tmp_path, monkeypatch, capfd):
+    """A home folder that cannot be written to is no reason not to read a file; nor does reading draw bars."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    capfd.readouterr()
+    load_rows(tmp_path / "a.parquet")
+    load_rows(tmp_path / "a.jsonl")
+    assert not cache.exists() and capfd.readouterr() == ("", "")
+
+
+def test_a_hundred_thousand_lines_are_read_cleaned_and_split(tmp_path):
+    lines = "".join(f'{{"text": "row {n}", "g": {n % 997}}}\n' for n in range(100_000))
+    rows = load_rows(write(tmp_path / "a.jsonl", lines.encode()))
+    kept, account = prepare.clean(rows, text="text")
+    sides, _ = prepare.split(kept, group="g", fractions={"train": 0.9, "test": 0.1}, seed=0)
+    assert account.kept == 100_000 and sum(len(side) for side in sides.values()) == 100_000

@@ -1,5 +1,6 @@
 """The distance to a reference: estimators from samples, and the controller of its price."""
 
+import math
 from typing import Any
 
 import torch
@@ -31,10 +32,14 @@ class AdaptiveKL:
 
         error = clip(kl / target - 1, -0.2, 0.2);   coefficient *= 1 + error * episodes / horizon
 
-    Without a target or horizon it stays as it is. Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    Without a target or horizon it stays as it is. Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. Raises
+    ValueError for a target or horizon that is not positive, a KL that is not finite, or more than 5 horizons of
+    episodes at once: one more and the price would turn negative.
     """
 
     def __init__(self, target: float | None, horizon: int | None, coefficient: float) -> None:
+        if (target is not None and not target > 0) or (horizon is not None and not horizon > 0):
+            raise ValueError(f"target {target} and horizon {horizon} must be positive")
         self.target = target
         self.horizon = horizon
         self.coefficient = coefficient
@@ -43,6 +48,8 @@ class AdaptiveKL:
         """Take in the mean KL of a rollout's episodes, in nats."""
         if self.target is None or self.horizon is None:
             return
+        if not math.isfinite(kl) or episodes >= 5 * self.horizon:
+            raise ValueError(f"KL {kl} over {episodes} episodes cannot lead a coefficient of horizon {self.horizon}")
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coefficient *= 1.0 + error * episodes / self.horizon
 

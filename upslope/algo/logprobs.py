@@ -65,7 +65,8 @@ class _TokenLogprobs(torch.autograd.Function):
             return None, None, None, None, None
         weight_cast = weight_VD.to(hidden_ND.dtype)
         grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)  # a bf16 sum over chunks would lose digits
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logp_nV = _log_softmax(hidden_ND[rows], weight_cast.t(), ctx.temperature)
@@ -76,7 +77,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     gain_nV -= p_nV * grad_logp_N[rows, None]
             else:
                 assert grad_logp_N is not None
-                gain_nV = logp_nV.exp_().mul_(-grad_logp_N[rows, None])
+                pull_n1 = -grad_logp_N[rows, None]
+                # in place, except where this backward is itself differentiated
+                gain_nV = logp_nV.exp() * pull_n1 if torch.is_grad_enabled() else logp_nV.exp_().mul_(pull_n1)
             if grad_logp_N is not None:
                 gain_nV.scatter_add_(1, target_N[rows, None], grad_logp_N[rows, None].to(gain_nV.dtype))
             if ctx.temperature != 1.0:
@@ -86,4 +89,4 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = gain_nV @ weight_cast
             if grad_weight is not None:
                 grad_weight += gain_nV.t() @ hidden_ND[rows]
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None

@@ -10,6 +10,8 @@ from torch import Tensor
 
 Stats = dict[str, Tensor]
 
+_HIGH = 80.0  # e^80 is finite in fp32, and no clip is as wide
+
 
 def policy_gradient_loss(
     logp_A: Float[Tensor, " A"], advantage_A: Float[Tensor, " A"]
@@ -37,7 +39,7 @@ def clipped_policy_loss(
         L_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t),   r_t = exp(logp_t - old_logp_t)
         with dual_clip c > 1 and A_t < 0:  L_t = min(L_t, -c A_t)
 
-    Statistics: ratio_A, clipped_A (the clipped branch is the one taken and differs), approx_kl_A (k3 of old to new).
+    Statistics: ratio_A, clipped_A (a bound, not the plain product, is the loss), approx_kl_A (k3 of old to new).
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7 (arXiv 1707.06347). Two separate bounds
     follow DAPO (arXiv 2503.14476), equal values give PPO; dual clip: Ye et al. 2020 (arXiv 1912.09729). Raises
     ValueError for a clip that is not positive or a dual clip of at most 1.
@@ -46,18 +48,23 @@ def clipped_policy_loss(
         raise ValueError(f"clips must be positive and dual_clip above 1: {clip_low}, {clip_high}, {dual_clip}")
     advantage_A = advantage_A.detach()
     log_ratio_A = logp_A - old_logp_A.detach()
-    ratio_A = torch.exp(log_ratio_A)
+    # where a bound is the loss anyway, a ratio that overflows must not turn its zero gradient into 0 * inf
+    bounded_A = (advantage_A >= 0) | (dual_clip is not None)
+    ratio_A = torch.exp(torch.where(bounded_A & (log_ratio_A > _HIGH), _HIGH, log_ratio_A))
     plain_A = ratio_A * advantage_A
     clipped_A = ratio_A.clamp(1 - clip_low, 1 + clip_high) * advantage_A
     loss_A = -torch.minimum(plain_A, clipped_A)
+    was_clipped_A = clipped_A < plain_A
     if dual_clip is not None:
-        loss_A = torch.where(advantage_A < 0, torch.minimum(loss_A, -dual_clip * advantage_A), loss_A)
-    with torch.no_grad():
-        stats = {
-            "ratio_A": ratio_A.detach(),
-            "clipped_A": (clipped_A < plain_A).to(ratio_A.dtype),
-            "approx_kl_A": ratio_A.detach() - 1 - log_ratio_A.detach(),
-        }
+        cap_A = -dual_clip * advantage_A
+        was_clipped_A = was_clipped_A | ((advantage_A < 0) & (loss_A > cap_A))
+        loss_A = torch.where(advantage_A < 0, torch.minimum(loss_A, cap_A), loss_A)
+    drift_A = log_ratio_A.detach()
+    stats = {
+        "ratio_A": torch.exp(drift_A),
+        "clipped_A": was_clipped_A.to(drift_A.dtype),
+        "approx_kl_A": torch.expm1(drift_A) - drift_A,  # ratio - 1 would be all rounding for small drifts
+    }
     return loss_A, stats
 
 
@@ -75,12 +82,14 @@ def value_loss(
         with clip e: the larger of the loss of V and of the loss of V_old + clip(V - V_old, -e, e)
 
     Statistics: clipped_A. Clipping follows the reference code of PPO (arXiv 1707.06347). Raises ValueError for a
-    clip without old values.
+    clip that is not positive or without old values.
     """
     if kind not in ("squared", "huber"):
         raise ValueError(f"no value loss {kind!r}: squared or huber")
     return_A = return_A.detach()
     loss_A = _regression(value_A, return_A, kind)
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip must be positive: {clip}")
     if clip is None:
         return loss_A, {"clipped_A": torch.zeros_like(return_A)}
     if old_value_A is None:

@@ -21,7 +21,10 @@ def discounted_returns(
         G_t = r_t + gamma G_{t+1},   G_T = bootstrap
 
     bootstrap_B: what follows the last action: 0 when it was terminal, the critic's value when it was truncated.
+    Sutton and Barto 2018, "Reinforcement Learning: An Introduction", eq. 3.9. Raises ValueError for starts that do
+    not cover the tokens.
     """
+    _check(starts, len(reward_A), bootstrap_B)
     return _discounted_sums(reward_A, starts, gamma, bootstrap_B)
 
 
@@ -43,8 +46,9 @@ def gae(
     value_A is the value of the state in which each action was chosen; bootstrap_B that of the state after the last
     one: 0 when terminal, the critic's when truncated. lam = 1 gives G_t - V(s_t), lam = 0 the TD error.
     Schulman et al. 2015, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16
-    (arXiv 1506.02438).
+    (arXiv 1506.02438). Raises ValueError for starts that do not cover the tokens.
     """
+    _check(starts, len(reward_A), bootstrap_B)
     reward_A, value_A = reward_A.detach(), value_A.detach()
     next_A = torch.zeros_like(value_A)
     next_A[:-1] = value_A[1:]
@@ -67,30 +71,46 @@ def group_advantages(
         A_i = (s_i - b_i) / c,   b: 0, the group's mean, or the mean of its others;   c: 1 or the group's deviation
 
     baseline: "mean", "leave_one_out", "none"; scale: "std" (population) or "none". A group whose scores are all equal
-    gets exactly 0 unless the baseline is "none"; "leave_one_out" needs groups of two or more. Raises ValueError.
+    gets exactly 0 unless the baseline is "none"; "leave_one_out" needs groups of two or more. A failed score has no
+    place in a group: leave its episode out. Raises ValueError.
     GRPO (arXiv 2402.03300): mean and std; Dr.GRPO (arXiv 2503.20783): mean; RLOO (arXiv 2402.14740): leave_one_out.
     """
     if baseline not in ("mean", "leave_one_out", "none") or scale not in ("std", "none"):
         raise ValueError(f"no baseline {baseline!r} or scale {scale!r}")
+    if not bool(torch.isfinite(score_B).all()):
+        bad = int((~torch.isfinite(score_B)).sum())
+        raise ValueError(f"{bad} of {len(score_B)} scores are not finite: leave failed episodes out of their groups")
     _, member_B = torch.unique(group_B, return_inverse=True)
     groups = int(member_B.max()) + 1 if len(member_B) else 0
     count = torch.bincount(member_B, minlength=groups)
     if baseline == "leave_one_out" and bool((count < 2).any()):
         raise ValueError("a leave-one-out baseline needs at least two samples in every group")
-    low = torch.full((groups,), torch.inf, dtype=score_B.dtype).scatter_reduce(0, member_B, score_B, "amin")
-    high = torch.full((groups,), -torch.inf, dtype=score_B.dtype).scatter_reduce(0, member_B, score_B, "amax")
-    varied_B = (high > low)[member_B]
-    mean = torch.zeros(groups, dtype=score_B.dtype).index_add(0, member_B, score_B) / count
-    centred_B = torch.where(varied_B, score_B - mean[member_B], torch.zeros_like(score_B))
+    low = score_B.new_full((groups,), torch.inf).scatter_reduce(0, member_B, score_B, "amin")
+    high = score_B.new_full((groups,), -torch.inf).scatter_reduce(0, member_B, score_B, "amax")
+    varied_B, spread_B = (high > low)[member_B], (high - low)[member_B]
+    # measured from the group's lowest, so that a large common offset costs no digits and equal scores leave no residue
+    above_B = score_B - low[member_B]
+    mean = score_B.new_zeros(groups).index_add(0, member_B, above_B) / count
+    centred_B = torch.where(varied_B, above_B - mean[member_B], torch.zeros_like(score_B))
     advantage_B = score_B if baseline == "none" else centred_B
     if baseline == "leave_one_out":
         size_B = count[member_B].to(score_B.dtype)
         advantage_B = advantage_B * size_B / (size_B - 1)
     if scale == "std":
-        variance = torch.zeros(groups, dtype=score_B.dtype).index_add(0, member_B, centred_B**2) / count
-        std_B = variance.sqrt()[member_B]
-        advantage_B = torch.where(varied_B, advantage_B / torch.where(varied_B, std_B, 1.0), advantage_B)
+        unit_B = torch.where(varied_B, spread_B, 1.0)  # squares of tiny differences would underflow
+        variance = score_B.new_zeros(groups).index_add(0, member_B, (centred_B / unit_B) ** 2) / count
+        std_B = torch.where(varied_B, variance.sqrt()[member_B], 1.0)
+        advantage_B = advantage_B / unit_B / std_B
     return advantage_B
+
+
+def _check(starts: Tensor, tokens: int, bootstrap_B: Tensor | None) -> None:
+    """Refuse offsets that leave a token out, own one twice or point past the end."""
+    if len(starts) == 0 or int(starts[0]) != 0 or int(starts[-1]) != tokens or bool((starts[1:] < starts[:-1]).any()):
+        ends = f"{int(starts[0])} to {int(starts[-1])}" if len(starts) else "none"
+        raise ValueError(f"starts must rise from 0 to the {tokens} tokens given, seen: {ends}")
+    if bootstrap_B is not None and len(bootstrap_B) != len(starts) - 1:
+        raise ValueError(f"{len(bootstrap_B)} bootstrap values for {len(starts) - 1} episodes")
 
 
 def _discounted_sums(x_A: Tensor, starts: Tensor, decay: float, tail_B: Tensor | None) -> Tensor:
@@ -101,10 +121,14 @@ def _discounted_sums(x_A: Tensor, starts: Tensor, decay: float, tail_B: Tensor |
     counts = starts[1:] - starts[:-1]
     order = torch.argsort(counts, descending=True, stable=True)
     counts, ends = counts[order], starts[1:][order]
-    tail = torch.zeros(len(counts), dtype=x_A.dtype) if tail_B is None else tail_B.detach()[order].to(x_A.dtype)
+    tail = x_A.new_zeros(len(counts)) if tail_B is None else tail_B.detach()[order].to(x_A.dtype)
     y_A = torch.empty_like(x_A)
     longest = int(counts[0]) if len(counts) else 0
-    alive = torch.searchsorted(-counts, -torch.arange(longest), right=False).tolist() if longest else []
+    alive = (
+        torch.searchsorted(-counts, -torch.arange(longest, device=counts.device), right=False).tolist()
+        if longest
+        else []
+    )
     for back in range(longest):
         live = alive[back]
         place = ends[:live] - 1 - back

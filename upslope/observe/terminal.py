@@ -125,7 +125,7 @@ class Terminal:
         share = f"{100 * now['done'] / now['total']:3.0f} %"
         bar.add_row(
             f"{now['stage']:8}",
-            ProgressBar(total=now["total"], completed=now["done"], width=36),
+            ProgressBar(total=now["total"], completed=now["done"], width=20),
             share,
             left,
             now["phase"],

@@ -110,15 +110,21 @@ def clean(
 
 
 def split(
-    rows: Dataset, *, group: str | None, fractions: Mapping[str, float], seed: int
+    rows: Dataset, *, group: str | None, fractions: Mapping[str, float], seed: int, same: str | None = None
 ) -> tuple[dict[str, Dataset], Account]:
-    """Split rows by group (by content where there is none), so that no group, and no text, is on two sides.
+    """Split rows by group, so that no group is on two sides; without groups, so that no row's equal is.
 
+    Without groups, `same` names the column (a text, a prompt) whose equals stay together whatever else a row holds.
     Where a group goes depends on (seed, group) alone: more rows never move it. Raises DataError for an empty side.
     """
     sides: dict[str, list[int]] = {name: [] for name in fractions}
     groups: dict[str, set[str]] = {name: set() for name in fractions}
-    keys = rows[group] if group else [_folded(str(sorted(row.items(), key=str))) for row in rows]
+    if group:
+        keys = rows[group]
+    elif same:
+        keys = [_folded(str(value)) for value in rows[same]]
+    else:
+        keys = [_folded(str(sorted(row.items(), key=str))) for row in rows]
     for i, key in enumerate(keys):
         place, bound = _place(seed, str(key)), 0.0
         side = next(reversed(list(fractions)))
@@ -162,7 +168,7 @@ def chat_examples(
     rows: Dataset, tokenizer: Tokenizer, *, messages: str, max_tokens: int
 ) -> tuple[list[Example], Account]:
     """Conversations; the assistant's turns and their ends are learned."""
-    made = [tokenizer.chat_example(conversation) for conversation in rows[messages]]
+    made = [tokenizer.chat_example(turns) if _is_chat(turns) else ([], []) for turns in rows[messages]]
     return _fitting([ids for ids, _ in made], [trained for _, trained in made], max_tokens)
 
 
@@ -172,10 +178,15 @@ def pairs(
     """(better row, other row) pairs within each group: rows labelled `prefer` above the others, in a keyed order.
 
     Each row is used as few times as `per_group` allows: the shorter side is gone through again when it is used up.
+    Without groups all rows are one, and every row of the shorter side gets a pair. Rows without a label get none.
     """
     sides: dict[str, tuple[list[int], list[int]]] = {}
     labels, groups = rows[label], rows[group] if group else [""] * len(rows)
+    unlabelled = 0
     for i, (value, name) in enumerate(zip(labels, groups, strict=True)):
+        if value is None or value == "":
+            unlabelled += 1
+            continue
         sides.setdefault(str(name), ([], []))[0 if str(value) == prefer else 1].append(i)
     account = Account(len(sides), unit="groups")
     found: list[tuple[int, int]] = []
@@ -187,10 +198,11 @@ def pairs(
         groups_used += 1
         order = stream(seed, "pairs", name)
         better, others = list(order.permutation(better)), list(order.permutation(others))
-        count = min(per_group, max(len(better), len(others)))
+        wanted = per_group if group else max(per_group, min(len(better), len(others)))
+        count = min(wanted, max(len(better), len(others)))
         found += [(int(better[i % len(better)]), int(others[i % len(others)])) for i in range(count)]
     account.close(groups_used)
-    account.extra = f"; {len(found)} pairs"
+    account.extra = f"; {len(found)} pairs" + (f"; {unlabelled} rows without a label left out" if unlabelled else "")
     return found, account
 
 
@@ -232,6 +244,9 @@ def prompts(
     made = []
     low, high = (words, words) if isinstance(words, int) else (words or (0, 0))
     for i, row in enumerate(rows):
+        if prompt and not isinstance(row[prompt] or "", str):
+            account.drop("that are no text", i)
+            continue
         if prompt:
             shown = row[prompt] or ""
         elif text:
@@ -241,9 +256,12 @@ def prompts(
                 account.drop(f"with no more than {count} words", i)
                 continue
             shown = " ".join(parts[:count])
+        elif not _is_chat(row[messages]):
+            account.drop("without turns of role and content", i)
+            continue
         else:
             turns = row[messages]
-            turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+            turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
             shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
         ids = tokenizer.chat(turns) if messages and not prompt and not text else tokenizer.encode(shown)
         if not ids:
@@ -263,11 +281,21 @@ def _fitting(
     for i, (ids, learned) in enumerate(zip(made, trained, strict=True)):
         if len(ids) > max_tokens:
             account.drop(f"longer than {max_tokens} tokens", i)
+        elif not ids:
+            account.drop("empty or malformed", i)
         elif len(ids) < 2 or not any(learned[1:]):
             account.drop("with nothing to learn", i)
         else:
             kept.append(Example(ids, learned, i))
     return kept, account.close(len(kept))
+
+
+def _is_chat(turns: Any) -> bool:
+    """Whether a value is a conversation: turns of a role and a content."""
+    return bool(turns) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
 
 
 def _folded(text: str) -> str:

@@ -8,10 +8,12 @@ import difflib
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
@@ -69,7 +71,7 @@ def _from_hub(name: str) -> Dataset:
 def _from_file(path: Path, limit: int | None) -> Dataset:
     if path.is_dir():
         raise DataError(f"{path} is a folder", "name a file in it")
-    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+    kind = (Path(path.stem).suffix if path.suffix.lower() in OPENERS else path.suffix).lower()
     if kind == ".parquet":
         return _from_parquet(path, limit)
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
@@ -85,7 +87,7 @@ def _from_file(path: Path, limit: int | None) -> Dataset:
             count += 1
             if limit and count >= limit:
                 break
-    except (EOFError, OSError, lzma.LZMAError) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}", "check that the file is whole and may be read") from None
     if not count:
         raise DataError(f"{path} has no rows", "give it at least one")
@@ -105,7 +107,7 @@ def _append(columns: dict[str, list[Any]], row: dict[str, Any], count: int, path
 
 def _from_parquet(path: Path, limit: int | None) -> Dataset:
     try:
-        table = Dataset.from_parquet(str(path), keep_in_memory=True)
+        table = Dataset(pyarrow.parquet.read_table(path))  # from_parquet would write a copy into the home folder
     except Exception as error:  # pyarrow raises several kinds for a damaged file
         raise DataError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}", "write it again") from None
     if not len(table):
@@ -116,7 +118,7 @@ def _from_parquet(path: Path, limit: int | None) -> Dataset:
 def _open(path: Path) -> IO[bytes]:
     if not path.is_file():
         raise DataError(f"no such file: {path}", "check the path")
-    opener = OPENERS.get(path.suffix, open)
+    opener = OPENERS.get(path.suffix.lower(), open)
     opened: IO[bytes] = opener(path, "rb")
     return opened
 
@@ -148,7 +150,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = json.loads("".join(_lines(path)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}", "mend it, or use jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} is not a list of objects", "write [{...}, {...}], or use jsonl")
@@ -157,12 +159,15 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    separator = "\t" if ".tsv" in path.suffixes else ","
+    separator = "\t" if ".tsv" in path.name.lower() else ","
     reader = csv.reader(_lines(path), delimiter=separator, strict=True)
     try:
         header = next(reader, None)
         if header is None:
             return
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}, line 1 names the column {twice[0]!r} twice", "give every column its own name")
         for row in reader:
             if not row:
                 continue

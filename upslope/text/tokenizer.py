@@ -79,21 +79,25 @@ class Tokenizer:
         """(ids, trained): what the assistant says is trained, its end-of-turn token included, nothing else."""
         ids: list[int] = []
         trained: list[bool] = []
+        shown = ""
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.chat(messages[:turn], generation_prompt=True)
-            until = self.chat(messages[: turn + 1], generation_prompt=False)
-            if until[: len(before)] != before or before[: len(ids)] != ids:
+            before = self._chat_text(messages[:turn], True)
+            until = self._chat_text(messages[: turn + 1], False)
+            if not until.startswith(before) or not before.startswith(shown):
                 raise DataError(
                     f"the chat template of {self.source} does not grow turn by turn",
                     "use one row for each assistant turn",
                 )
-            trained += [False] * (len(before) - len(ids))
-            answer = until[len(before) :]
+            # by parts, as when the model answers: an answer's first line break never melts into the prompt's last
+            asked = self.encode(before[len(shown) :], special=False)
+            answer = self.encode(until[len(before) :], special=False)
+            trained += [False] * len(asked)
             end = max((i for i, token in enumerate(answer) if token == self.eos_id), default=len(answer) - 1)
             trained += [i <= end for i in range(len(answer))]
-            ids = until
+            ids += asked + answer
+            shown = until
         return ids, trained
 
     def save(self, folder: Path) -> None:

@@ -34,7 +34,9 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     )
     run.account(f"rows: {account}")
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
-    splits, account = prepare.split(table, group=data.group, fractions=fractions, seed=seed)
+    splits, account = prepare.split(
+        table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt
+    )
     run.account(f"split: {account}")
     # in an order of their own, so that the first n of a side are a sample of all its groups
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}

@@ -35,7 +35,7 @@ def test_every_public_function_says_what_it_does():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
                 silent.append(f"{path.name}:{node.name}")
-    assert silent == ["config.py:Table"]
+    assert silent == ["tables.py:Table"]
 
 
 def test_the_file_map_of_the_readme_is_whole():

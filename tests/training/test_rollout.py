@@ -65,7 +65,7 @@ def test_prompts_that_are_shared_are_laid_out_once():
 
 
 def test_the_rewards_of_a_rollout_by_hand():
-    rl = rl_of(gamma=1.0, lam=1.0, whiten=False)
+    rl = rl_of(gamma=1.0, lam=1.0, scale="none")
     model = model_of()
     batch = prepared(model, rl, kl=0.1)
     kl = 0.1 * (batch.old_logp_A - batch.ref_logp_A)
@@ -78,8 +78,8 @@ def test_the_rewards_of_a_rollout_by_hand():
 
 def test_c20_a_cut_completion_gets_its_score_or_the_critics_value_never_both():
     model = model_of()
-    paid = prepared(model, rl_of(gamma=1.0, lam=1.0, whiten=False, limit="score"), kl=0.0)
-    led = prepared(model, rl_of(gamma=1.0, lam=1.0, whiten=False, limit="bootstrap"), kl=0.0)
+    paid = prepared(model, rl_of(gamma=1.0, lam=1.0, scale="none", limit="score"), kl=0.0)
+    led = prepared(model, rl_of(gamma=1.0, lam=1.0, scale="none", limit="bootstrap"), kl=0.0)
     assert paid.return_A[paid.rows([1])].tolist() == pytest.approx([-1.0, -1.0], abs=1e-5)
     batch, action_A = lay_out([EPISODES[1]])
     value = model.value_after(batch, action_A[-1:]).item()
@@ -90,7 +90,7 @@ def test_c20_a_cut_completion_gets_its_score_or_the_critics_value_never_both():
 def test_c21_what_others_said_between_actions_is_stepped_over():
     talk = episode([3, 1], [4, 8, 8, 5], group=0, total=1.0, between=(1, 2))
     model = model_of()
-    batch = prepared(model, rl_of(gamma=0.5, lam=1.0, whiten=False), [talk], kl=0.0)
+    batch = prepared(model, rl_of(gamma=0.5, lam=1.0, scale="none"), [talk], kl=0.0)
     assert len(batch.old_logp_A) == 2
     assert batch.return_A.tolist() == pytest.approx([0.5, 1.0], abs=1e-5)  # time counts actions
 

@@ -32,7 +32,7 @@ def gae_advantages(
 ) -> tuple[Tensor, Tensor]:
     """GAE, whitened over the rollout's actions when the recipe says so; returns (advantage_A, return_A)."""
     advantage_A, return_A = gae(reward_A, value_A, starts, gamma=rl.gamma, lam=rl.lam, bootstrap_B=bootstrap_B)
-    return (whiten(advantage_A) if rl.whiten else advantage_A), return_A
+    return (whiten(advantage_A) if rl.scale == "batch" else advantage_A), return_A
 
 
 def clipped_surrogate(rl: RL, logp_A: Tensor, old_logp_A: Tensor, advantage_A: Tensor) -> Loss:

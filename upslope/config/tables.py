@@ -1,0 +1,150 @@
+"""The tables of a recipe but [rl]: data, optimizer, the stages that fit, and the closing evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Table):
+    """Where rows come from, what they mean, and how they are split. Columns are named, never guessed."""
+
+    rows: str  # a file, a hub id, or pypi:NAME==VERSION/path/in/the/wheel
+    text: str | None = None  # column of plain text: trained on whole
+    prompt: str | None = None  # column of prompts, with `completion` as what is learned
+    completion: str | None = None
+    messages: str | None = None  # column of chat messages: the assistant's turns are learned
+    chosen: str | None = None  # columns of a preference pair
+    rejected: str | None = None
+    margin: str | None = None  # column of numbers: by how much the chosen side of a pair is better
+    prompt_words: Positive | tuple[Positive, Positive] | None = None  # prompts: this many first words of `text`
+    label: str | None = None  # pairs from labels: `prefer` stands above the others of its group
+    prefer: str | None = None
+    group: str | None = None  # rows of one group never stand on both sides of a split
+    keep: dict[str, list[str]] = {}  # column -> values to keep
+    min_chars: Count = 1
+    max_chars: Positive = 100_000
+    max_tokens: Positive = 1024  # an example longer than this is dropped and counted
+    valid: Share = 0.1
+    test: Share = 0.1
+    limit: Positive | None = None  # read only the first rows
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> Data:
+        if not any((self.text, self.prompt, self.messages, self.chosen)):
+            raise ValueError("names no column: set text, prompt, messages, or chosen and rejected")
+        if bool(self.chosen) != bool(self.rejected):
+            raise ValueError("chosen and rejected go together: set both columns")
+        if self.margin and not self.chosen:
+            raise ValueError("margin belongs to pairs of columns: set chosen and rejected")
+        if bool(self.label) != bool(self.prefer):
+            raise ValueError("label and prefer go together: the column, and the value that stands above the others")
+        if self.valid + self.test >= 1:
+            raise ValueError(f"valid + test = {self.valid + self.test:g} leaves nothing to train on: lower one")
+        return self
+
+
+class Optim(Table):
+    """AdamW in fp32 with a global gradient-norm clip; the learning rate depends on the optimizer step alone."""
+
+    lr: Above0 = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Count = 0  # optimizer steps
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Above0 = 1e-8
+    weight_decay: Rate = 0.0
+    clip_norm: Above0 = 1.0
+    micro_tokens: Positive = 2048  # tokens computed at once: memory, never the result
+
+
+class Supervised(Table):
+    """Maximum likelihood on examples (pretrain, sft)."""
+
+    init: str | None = None  # a model source; default: the stage before, or the recipe's model
+    steps: Positive = 100  # optimizer steps
+    batch: Positive = 32  # examples per optimizer step
+    freeze_layers: Count = 0  # lowest blocks (and the embedding) left as they are
+    eval_examples: Positive = 256
+    optim: Optim = Optim()
+
+
+class RewardModel(Table):
+    """Bradley-Terry on preference pairs."""
+
+    init: str | None = None
+    steps: Positive = 100
+    batch: Positive = 16  # pairs per optimizer step
+    pairs_per_group: Positive = 8
+    freeze_layers: Count = 0
+    eval_pairs: Positive = 256
+    optim: Optim = Optim()
+
+
+class Preference(Table):
+    """The policy itself on preference pairs, without a reward model: DPO and its kin."""
+
+    init: str | None = None
+    loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
+    beta: Above0 | None = None  # how far from the reference; default: the loss's published one
+    margin: Rate = 0.0  # simpo's target margin, in nats per token
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # dpo: share of pairs taken to be the wrong way round
+    sft_weight: Rate = 0.0  # of the likelihood of the chosen side, beside the loss (orpo: 1 by definition)
+    steps: Positive = 100
+    batch: Positive = 16  # pairs per optimizer step
+    pairs_per_group: Positive = 8
+    freeze_layers: Count = 0
+    eval_pairs: Positive = 256
+    optim: Optim = Optim()
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Preference:
+        if self.margin and self.loss != "simpo":
+            raise ValueError(f"margin = {self.margin:g} has no place in {self.loss}: it is simpo's; set it to 0")
+        if self.label_smoothing and self.loss != "dpo":
+            raise ValueError(f"label_smoothing = {self.label_smoothing:g} is dpo's, not {self.loss}'s: set it to 0")
+        return self
+
+
+class Expert(Table):
+    """Back to supervision: the best of several samples of the policy become what it is fitted to."""
+
+    init: str | None = None  # the model that is fitted; default: the one that sampled
+    reward: str | dict[str, float] | None = None  # default: rl's
+    prompts: Positive = 256  # of the training side
+    samples: Positive = 4  # per prompt
+    keep: Positive = 1  # the best so many of each prompt
+    min_score: float | None = None  # and none that scores below this
+    max_tokens: Positive = 64
+    temperature: Above0 = 1.0
+    stop: tuple[str, ...] = ()
+    steps: Positive = 100
+    batch: Positive = 32
+    freeze_layers: Count = 0
+    optim: Optim = Optim()
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Expert:
+        if self.keep > self.samples:
+            raise ValueError(f"keep = {self.keep} of {self.samples} samples: lower keep or raise samples")
+        return self
+
+
+class Evaluation(Table):
+    """The table at the end: held-out prompts, before and after rl."""
+
+    prompts: Positive = 128
+    judges: tuple[str, ...] = ("upslope.rewards.metrics:vader",)  # functions that the policy never trained on
+    show: Count = 8  # prompts printed with both continuations
+    samples_every: Count = 5  # rl steps between samples in the report

@@ -60,7 +60,9 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(a, list) and isinstance(b, list):
             first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            told.append(f"{name}: {len(a)} and {len(b)} lines, first other one {first}: {_at(a, first)} | {_at(b, first)}")
+            told.append(
+                f"{name}: {len(a)} and {len(b)} lines, first other one {first}: {_at(a, first)} | {_at(b, first)}"
+            )
         else:
             told.append(f"{name}: {str(a)[:200]} | {str(b)[:200]}")
     return told

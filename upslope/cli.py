@@ -167,10 +167,9 @@ def main() -> None:
     try:
         result: Any = app(args=arguments, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("stopped at once; what was saved stands, and the same command carries on", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt):
+        if arguments[:1] == ["train"]:
+            print("stopped at once; what was saved stands, and the same command carries on", file=sys.stderr)
         sys.exit(130)
     except UpslopeError as error:
         if debug:

@@ -88,6 +88,8 @@ class Harness:
         recipe = make_recipe(self.model)
         recipe["data"]["rows"] = str(self.work / "rows.jsonl")
         rewards = {"stage:reward": 1.0, f"{self.work}/reward.py:score": 0.1}
+        recipe["optim"]["micro_tokens"] = 64  # several computations in each loop
+        recipe["eval"]["judges"] = []
         recipe["rl"] |= {"reward": rewards, "steps": 2, **VARIANTS[variant]}
         return recipe
 
@@ -102,6 +104,11 @@ class Harness:
         answer = json.loads(self.server.stdout.readline())
         return Ended(said=Path(f"{folder}.log").read_text(), **answer)
 
+    @staticmethod
+    def work_after(folder: Path) -> int:
+        """How many computations began after the strike of the last start, which ended by itself."""
+        return int(json.loads(beside(folder, "counts").read_text())["work after"])
+
     def reference(self, variant: str) -> tuple[dict[str, Any], dict[str, int], float]:
         """Of an unbroken run: its outcome, how many events each phase has, and its seconds."""
         if variant not in self.references:
@@ -113,7 +120,7 @@ class Harness:
         return self.references[variant]
 
     def trial(self, variant: str, folder: Path, strikes: list[Strike], minutes: float = 0.0) -> list[str]:
-        """Strike one start after another, then start once more in peace. Returns everything that is not as it should be."""
+        """Strike one start after another, then start once more in peace. Returns all that is not as it should be."""
         expected, _, _ = self.reference(variant)
         wrong = []
         for strike in strikes:

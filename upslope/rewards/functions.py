@@ -21,7 +21,8 @@ class FunctionReward:
     """`reward(prompts, completions, rows) -> scores` from "module:function", "file.py:function" or a callable.
 
     A chunk that fails is tried again after the others, so that only the rows to blame fail: in halves if it raised
-    (one bad row among n costs about 2 log n calls), row by row if it hung, filled its memory or killed its process, for that is dear.
+    (one bad row among n costs about 2 log n calls), row by row if it hung, filled its memory or killed its process,
+    for that is dear.
     After LOST_LIMIT hangs and deaths in one batch the rows still without a score fail untried.
     Raises Interrupted when should_stop answers yes while it waits.
     A wrong number of scores, or a function that cannot be loaded, raises RewardError: no row is to blame.

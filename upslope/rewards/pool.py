@@ -1,4 +1,4 @@
-"""Worker processes with limits of time and memory: what the user's code does there cannot stop, crash or corrupt the trainer."""
+"""Worker processes with limits of time and memory: the user's code there cannot stop, crash or corrupt the trainer."""
 
 from __future__ import annotations
 

@@ -102,13 +102,15 @@ def main() -> None:
             send(answers, "broken", last_line(error))
             return
         send(answers, "ready", getattr(function, "__name__", "reward"))
+        what: Any
         while True:
             body = receive(requests)
             try:
                 kind, what = "scores", _plain(function(*cloudpickle.loads(body)))
             except BaseException as error:  # exit() too: it costs its rows, not a new process
-                what = last_line(error)
-                kind = "full" if isinstance(error, MemoryError) or "allocate memory" in what else "raised"
+                said = last_line(error)
+                full = isinstance(error, MemoryError) or "allocate memory" in said
+                kind, what = "full" if full else "raised", said
             send(answers, kind, what)
     except (EOFError, BrokenPipeError):
         return

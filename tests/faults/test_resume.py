@@ -1,0 +1,77 @@
+"""Runs that are struck in every phase and by every kind of fault, started again by the same command, end where an
+unbroken run ends: weights, optimizer, events and episodes bit for bit, no line twice, none missing, no file left over.
+
+`make faults` does the same at hundreds of random points; see campaign.py.
+"""
+
+import pytest
+
+from tests.faults.harness import STOP_S, VARIANTS, Harness, Strike
+from tests.faults.inject import PHASES
+
+FEW = 6  # computations that may still begin after a stop was asked for
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory, model_dir, rows):
+    with Harness(tmp_path_factory.mktemp("faults"), model_dir, rows) as made:
+        yield made
+
+
+def middle(harness, variant, phase, share):
+    """The event that lies at a share of all those of a phase."""
+    return max(1, round(share * harness.reference(variant)[1][phase]))
+
+
+@pytest.mark.parametrize(
+    ("variant", "phase", "share", "kind"),
+    [
+        ("ppo-shared", "generation", 0.4, "sigkill"),
+        ("ppo-shared", "rewards", 0.3, "memory"),
+        ("ppo-shared", "update", 0.6, "sigkill"),
+        ("ppo-shared", "stages", 0.7, "sigkill"),
+        ("ppo-detached", "update", 0.8, "sigterm"),
+        ("ppo-detached", "checkpoint", 0.9, "sigkill"),
+        ("ppo-detached", "log-probs", 0.6, "reward"),
+        ("ppo-separate", "checkpoint", 0.7, "full-disk"),
+        ("ppo-separate", "files", 0.8, "sigkill"),
+    ],
+)
+def test_c55_struck_and_started_again_it_ends_as_an_unbroken_run(harness, tmp_path, variant, phase, share, kind):
+    strike = Strike(phase, middle(harness, variant, phase, share), kind)
+    assert harness.trial(variant, tmp_path / "run", [strike]) == []
+
+
+def test_c55_a_run_killed_three_times_in_a_row(harness, tmp_path):
+    count = harness.reference("ppo-shared")[1]["checkpoint"]
+    strikes = [Strike("checkpoint", count * n // 9, "sigkill") for n in (3, 1, 1)]
+    assert harness.trial("ppo-shared", tmp_path / "run", strikes) == []
+
+
+def test_c55_a_clock_that_runs_backwards_changes_nothing(harness, tmp_path):
+    assert harness.trial("ppo-shared", tmp_path / "run", [Strike("stages", 4, "clock")]) == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "kind"),
+    [
+        *((phase, "sigterm") for phase in PHASES if phase not in ("checkpoint", "files", "stages")),
+        ("update", "sigint-twice"),
+        ("evaluation", "sigint-twice"),
+    ],
+)
+def test_a_stop_is_quick_in_every_phase(harness, tmp_path, phase, kind):
+    """Within seconds here, and on models of any size: few computations begin between the signal and the end."""
+    strike = Strike(phase, middle(harness, "ppo-shared", phase, 0.5), kind)
+    ended = harness.start("ppo-shared", tmp_path / "run", strike, minutes=60)
+    assert ended.code == 130 and ended.fired and ended.seconds_after < STOP_S
+    assert harness.work_after(tmp_path / "run") <= FEW
+    assert "the same command carries on" in ended.said
+
+
+def test_c59_a_finished_run_says_so_and_changes_nothing(harness):
+    variant = next(iter(VARIANTS))
+    expected = harness.reference(variant)[0]
+    assert harness.trial(variant, harness.work / f"unbroken-{variant}", []) == []
+    ended = harness.start(variant, harness.work / f"unbroken-{variant}")
+    assert ended.code == 0 and "finished before, nothing to train" in ended.said and expected

@@ -26,6 +26,10 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def save_tokenizer(folder: Path) -> Path:
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -36,7 +40,6 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>")
     wrapped.chat_template = TEMPLATE
-    folder = tmp_path_factory.mktemp("tokenizer")
     wrapped.save_pretrained(str(folder))
     return folder
 
@@ -63,7 +66,10 @@ def tiny_decoder(seed: int = 0, scale: float = 8.0, **changes: Any) -> Decoder:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+    return save_tiny_model(tmp_path_factory.mktemp("model"), tokenizer)
+
+
+def save_tiny_model(folder: Path, tokenizer: Tokenizer) -> Path:
     save_decoder(tiny_decoder(vocab_size=tokenizer.vocab_size, scale=3.0), folder)
     tokenizer.save(folder)
     return folder
@@ -71,6 +77,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
+    return make_rows()
+
+
+def make_rows() -> list[dict[str, str]]:
     good = ["fine", "lovely", "great", "warm", "bright", "strong"]
     bad = ["dull", "weak", "cold", "bland", "flat", "grim"]
     made = []

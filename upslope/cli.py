@@ -166,6 +166,8 @@ def main() -> None:
     arguments = [a for a in arguments if a != "--debug"]
     try:
         result: Any = app(args=arguments, standalone_mode=False)
+        if result == 130:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
         if arguments[:1] == ["train"]:

@@ -66,6 +66,8 @@ class Harness:
     rows: list[dict[str, str]]
     references: dict[str, tuple[dict[str, Any], dict[str, int], float]] = field(default_factory=dict)
 
+    last_starts: list[tuple[Strike, Ended]] = field(default_factory=list)
+
     def __enter__(self) -> Harness:
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -123,8 +125,9 @@ class Harness:
         """Strike one start after another, then start once more in peace. Returns all that is not as it should be."""
         expected, _, _ = self.reference(variant)
         wrong = []
-        for strike in strikes:
-            wrong += problems(strike, self.start(variant, folder, strike, minutes))
+        self.last_starts = [(strike, self.start(variant, folder, strike, minutes)) for strike in strikes]
+        for strike, ended in self.last_starts:
+            wrong += problems(strike, ended)
         last = self.start(variant, folder, minutes=minutes)
         if last.code != 0:
             return [*wrong, f"the last start ended with {last.code}: {last.said[-500:]}"]

@@ -75,6 +75,7 @@ def _at(lines: list[Any], number: int) -> str:
 def _event(event: dict[str, Any]) -> dict[str, Any]:
     event.pop("seconds", None)
     event.pop("machine", None)
+    event.get("recipe", {}).pop("checkpoint_minutes", None)  # may change between two starts
     if "metrics" in event:
         event["metrics"] = _timeless(event["metrics"])
     return event

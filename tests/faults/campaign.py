@@ -1,0 +1,105 @@
+"""`make faults`: runs struck at random points, 200 of them unless told otherwise; the table goes to docs/reliability.md.
+
+    python -m tests.faults.campaign [TRIALS] [SEED]
+
+A trial strikes one to three starts of a run, each at a random event of a random phase by a random kind of fault, or by a
+SIGKILL after a random time, then lets it end in peace and compares it with an unbroken one. Every strike that took
+place is counted; one that came too late, after the end of its start, is not.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.faults.harness import VARIANTS, Harness, Strike
+from tests.faults.inject import KINDS, PHASES
+from tests.faults.machine import replace_section, where_and_when
+from tests.faults.tiny import tiny_files
+
+ANY_TIME = "any time"
+
+
+def draw(random_: random.Random, counts: dict[str, int], seconds: float) -> Strike:
+    """One strike. Half of them are SIGKILLs, the one fault that no handler sees."""
+    if random_.random() < 0.15:
+        return Strike(kill_after=random_.uniform(0.0, seconds))
+    phase = random_.choice(PHASES)
+    kind = random_.choice(KINDS) if random_.random() < 0.6 else "sigkill"
+    return Strike(phase, random_.randint(1, counts[phase]), kind)
+
+
+def campaign(work: Path, trials: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str], Counter[str], float]:
+    """Strikes that took place by phase and kind, failed trials, trials by variant, and the slowest stop in seconds."""
+    random_ = random.Random(seed)
+    struck: Counter[tuple[str, str]] = Counter()
+    by_variant: Counter[str] = Counter()
+    failed: list[str] = []
+    slowest = 0.0
+    model, rows = tiny_files(work)
+    with Harness(work / "runs", model, rows) as harness:
+        for number in range(trials):
+            variant = list(VARIANTS)[number % len(VARIANTS)]
+            by_variant[variant] += 1
+            _, counts, seconds = harness.reference(variant)
+            folder = harness.work / f"run-{number}"
+            strikes = [draw(random_, counts, seconds) for _ in range(random_.choice((1, 1, 2, 3)))]
+            wrong = harness.trial(variant, folder, strikes, minutes=random_.choice((0.0, 0.0, 60.0)))
+            for strike, ended in harness.last_starts:
+                took_place = ended.fired or (strike.kill_after is not None and ended.code == -9)
+                if took_place:
+                    struck[strike.phase or ANY_TIME, strike.kind or "sigkill"] += 1
+                if ended.fired and strike.kind in ("sigterm", "sigint", "sigint-twice"):
+                    slowest = max(slowest, ended.seconds_after)
+            if wrong:
+                failed.append(f"trial {number}, {variant}, {strikes}: {'; '.join(wrong)}")
+                print(failed[-1], flush=True)
+            for path in harness.work.glob(f"run-{number}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if number % 20 == 19:
+                print(f"{number + 1} trials, {sum(struck.values())} strikes, {len(failed)} failed", flush=True)
+    return struck, failed, by_variant, slowest
+
+
+def table(struck: Counter[tuple[str, str]]) -> list[str]:
+    """Strikes by phase and kind, in Markdown."""
+    lines = [f"| phase | {' | '.join(KINDS)} | all |", f"|---|{'---|' * (len(KINDS) + 1)}"]
+    for phase in (*PHASES, ANY_TIME):
+        row = [struck[phase, kind] for kind in KINDS]
+        lines.append(f"| {phase} | {' | '.join(str(n) for n in row)} | {sum(row)} |")
+    sums = [sum(n for (_, k), n in struck.items() if k == kind) for kind in KINDS]
+    lines.append(f"| all | {' | '.join(str(n) for n in sums)} | {sum(sums)} |")
+    return lines
+
+
+def main() -> None:
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
+    began = time.monotonic()
+    work = Path(tempfile.mkdtemp(prefix="upslope-faults-"))
+    try:
+        struck, failed, by_variant, slowest = campaign(work, trials, seed)
+    finally:
+        shutil.rmtree(work)
+    minutes = (time.monotonic() - began) / 60
+    variants = ", ".join(f"{name} {count}" for name, count in by_variant.items())
+    text = [
+        f"`make faults` ({trials} trials, seed {seed}; {where_and_when()}; {minutes:.0f} min): runs of {variants}, struck "
+        f"{sum(struck.values())} times in all, one to three times each. Trials that ended otherwise than an unbroken run, "
+        f"in a traceback, or later than allowed: **{len(failed)}**. Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",
+        "",
+        *table(struck),
+    ]
+    text += [f"- {failure[:300]}" for failure in failed]
+    replace_section("Random faults", text)
+    print("\n".join(text))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Where figures come from, and their place in docs/reliability.md."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tests.checkpoints import ROOT
+from upslope.training.run import processor
+
+REPORT = ROOT / "docs" / "reliability.md"
+
+
+def where_and_when() -> str:
+    """Machine, date and commit, for behind a figure."""
+    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = f"commit {told.stdout.strip() or 'unknown'}{' and changes' if changed else ''}"
+    name = processor().partition(",")[0]
+    return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {commit}"
+
+
+def replace_section(title: str, lines: Sequence[str], path: Path = REPORT) -> None:
+    """Put lines under the heading `## title`, in the place of what stood there."""
+    text = path.read_text(encoding="utf-8")
+    head, heading, rest = text.partition(f"## {title}\n")
+    if not heading:
+        raise ValueError(f"{path.name} has no heading {title!r}")
+    _, following, tail = rest.partition("\n## ")
+    path.write_text(f"{head}{heading}\n" + "\n".join(lines) + "\n" + (following + tail if following else ""), "utf-8")

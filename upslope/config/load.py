@@ -74,8 +74,8 @@ def describe(recipe: Recipe) -> list[str]:
         rl = recipe.rl
         lines.append(
             f"rl, {rl.algorithm}: {rl.steps} rollouts x {rl.prompts} prompts x {rl.samples} samples = "
-            f"{rl.steps * rl.episodes} episodes of up to {rl.max_tokens} tokens; {rl.epochs} epochs x "
-            f"{rl.minibatches} minibatches of {rl.episodes // rl.minibatches} episodes = {rl.steps * rl.epochs * rl.minibatches} optimizer steps"
+            f"{rl.steps * rl.episodes} episodes of up to {rl.max_tokens} tokens; {rl.epochs} epochs x {rl.minibatches} "
+            f"minibatches of {rl.episodes // rl.minibatches} episodes = {rl.steps * rl.epochs * rl.minibatches} optimizer steps"
         )
     if recipe.expert:
         e = recipe.expert

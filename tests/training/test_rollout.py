@@ -5,10 +5,10 @@ from tests.conftest import tiny_decoder
 from upslope.config import load_recipe
 from upslope.errors import RewardError
 from upslope.models.heads import ActorCritic
-from upslope.training.algorithms import ALGORITHMS
 from upslope.training.episode import Episode, lay_out
-from upslope.training.rl import minibatch_members, minibatch_step
-from upslope.training.rollout import prepare
+from upslope.training.objective import Prices, minibatch_step
+from upslope.training.rl import minibatch_members
+from upslope.training.rollout import Frozen, prepare
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState
 from upslope.training.update import make_optimizer
@@ -43,7 +43,7 @@ def model_of(critic="shared"):
 
 
 def prepared(model, rl, episodes=EPISODES, kl=0.1):
-    return prepare(episodes, model, tiny_decoder(9), ALGORITHMS["ppo"], rl, kl)
+    return prepare(episodes, model, Frozen(tiny_decoder(9)), rl, kl)[0]
 
 
 class FakeRun:
@@ -101,9 +101,9 @@ def test_c16_the_ratio_is_one_on_the_first_minibatch(critic):
     model = model_of(critic)
     batch = prepared(model, rl)
     state = RunState("rl", model, make_optimizer(model, rl.optim))
-    metrics = minibatch_step(FakeRun, rl, state, batch, [0, 1, 2, 3], lr=1e-3)
+    metrics = minibatch_step(FakeRun, rl, state, batch, [0, 1, 2, 3], 1e-3, Frozen(), Prices())
     assert metrics["policy/ratio_gap"] < 1e-5 and metrics["policy/clipped"] == 0.0
-    again = minibatch_step(FakeRun, rl, state, batch, [0, 1, 2, 3], lr=1e-3)
+    again = minibatch_step(FakeRun, rl, state, batch, [0, 1, 2, 3], 1e-3, Frozen(), Prices())
     assert again["policy/ratio_gap"] > 1e-4
 
 
@@ -115,7 +115,7 @@ def test_c27_c28_micro_batches_change_no_term_of_the_loss(budget, critic):
         model = model_of(critic)
         batch = prepared(model, rl_of(critic=critic))
         state = RunState("rl", model, torch.optim.SGD(model.parameters(), lr=0.1))
-        metrics = minibatch_step(FakeRun, rl, state, batch, [0, 1, 2, 3], lr=0.1)
+        metrics = minibatch_step(FakeRun, rl, state, batch, [0, 1, 2, 3], 0.1, Frozen(), Prices())
         return model, metrics
 
     (one, metrics), (other, cut) = after(10_000), after(budget)

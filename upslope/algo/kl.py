@@ -58,3 +58,36 @@ class AdaptiveKL:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.coefficient = float(state["coefficient"])
+
+
+class AdaptivePenalty:
+    """The coefficient of PPO's penalty on KL(old, new), led towards a target; once a rollout.
+
+        coefficient *= 2 where KL > 1.5 target,   /= 2 where KL < target / 1.5
+
+    Without a target it stays as it is. Schulman et al. 2017, section 4 (arXiv 1707.06347). Raises ValueError for a
+    target that is not positive or a KL that is not finite.
+    """
+
+    def __init__(self, target: float | None, coefficient: float) -> None:
+        if target is not None and not target > 0:
+            raise ValueError(f"target {target} must be positive")
+        self.target = target
+        self.coefficient = coefficient
+
+    def update(self, kl: float) -> None:
+        """Take in the mean KL per action token that a rollout's steps led to, in nats."""
+        if self.target is None:
+            return
+        if not math.isfinite(kl):
+            raise ValueError(f"KL {kl} cannot lead a coefficient")
+        if kl > 1.5 * self.target:
+            self.coefficient *= 2.0
+        elif kl < self.target / 1.5:
+            self.coefficient /= 2.0
+
+    def state(self) -> dict[str, Any]:
+        return {"coefficient": self.coefficient}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.coefficient = float(state["coefficient"])

@@ -77,31 +77,69 @@ def group_advantages(
     """
     if baseline not in ("mean", "leave_one_out", "none") or scale not in ("std", "none"):
         raise ValueError(f"no baseline {baseline!r} or scale {scale!r}")
-    if not bool(torch.isfinite(score_B).all()):
-        bad = int((~torch.isfinite(score_B)).sum())
-        raise ValueError(f"{bad} of {len(score_B)} scores are not finite: leave failed episodes out of their groups")
-    _, member_B = torch.unique(group_B, return_inverse=True)
-    groups = int(member_B.max()) + 1 if len(member_B) else 0
-    count = torch.bincount(member_B, minlength=groups)
-    if baseline == "leave_one_out" and bool((count < 2).any()):
+    group = _Groups(score_B, group_B)
+    if baseline == "leave_one_out" and bool((group.size_B < 2).any()):
         raise ValueError("a leave-one-out baseline needs at least two samples in every group")
-    low = score_B.new_full((groups,), torch.inf).scatter_reduce(0, member_B, score_B, "amin")
-    high = score_B.new_full((groups,), -torch.inf).scatter_reduce(0, member_B, score_B, "amax")
-    varied_B, spread_B = (high > low)[member_B], (high - low)[member_B]
-    # measured from the group's lowest, so that a large common offset costs no digits and equal scores leave no residue
-    above_B = score_B - low[member_B]
-    mean = score_B.new_zeros(groups).index_add(0, member_B, above_B) / count
-    centred_B = torch.where(varied_B, above_B - mean[member_B], torch.zeros_like(score_B))
-    advantage_B = score_B if baseline == "none" else centred_B
+    advantage_B = score_B if baseline == "none" else group.centred_B
     if baseline == "leave_one_out":
-        size_B = count[member_B].to(score_B.dtype)
-        advantage_B = advantage_B * size_B / (size_B - 1)
+        advantage_B = advantage_B * group.size_B / (group.size_B - 1)
     if scale == "std":
-        unit_B = torch.where(varied_B, spread_B, 1.0)  # squares of tiny differences would underflow
-        variance = score_B.new_zeros(groups).index_add(0, member_B, (centred_B / unit_B) ** 2) / count
-        std_B = torch.where(varied_B, variance.sqrt()[member_B], 1.0)
-        advantage_B = advantage_B / unit_B / std_B
+        unit_B, relative_B = group.deviation()
+        advantage_B = advantage_B / unit_B / relative_B
     return advantage_B
+
+
+def group_deviation(score_B: Float[Tensor, " B"], group_B: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The population deviation of each score's group; 1 where all its scores are equal: nothing to scale by.
+
+    Raises ValueError for a score that is not finite.
+    """
+    unit_B, relative_B = _Groups(score_B, group_B).deviation()
+    return unit_B * relative_B
+
+
+def best_of_group(score_B: Float[Tensor, " B"], group_B: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """1 for the first of each group's highest scores, 0 for the others; 0 for all where all scores are equal.
+
+    As an advantage with the score-function loss it makes the best samples the data of a likelihood fit. Dong et al.
+    2023, "RAFT" (arXiv 2304.06767); there a group of equal scores gives one sample too, though none of them is better.
+    Raises ValueError for a score that is not finite.
+    """
+    group = _Groups(score_B, group_B)
+    top_B = (score_B == group.high[group.member_B]) & group.varied_B
+    place_B = torch.arange(len(score_B), device=score_B.device)
+    first = torch.full_like(group.high, len(score_B), dtype=torch.int64)
+    first = first.scatter_reduce(0, group.member_B[top_B], place_B[top_B], "amin")
+    return (top_B & (first[group.member_B] == place_B)).to(score_B.dtype)
+
+
+class _Groups:
+    """Statistics of groups, spread over their members."""
+
+    def __init__(self, score_B: Tensor, group_B: Tensor) -> None:
+        if not bool(torch.isfinite(score_B).all()):
+            bad = int((~torch.isfinite(score_B)).sum())
+            raise ValueError(
+                f"{bad} of {len(score_B)} scores are not finite: leave failed episodes out of their groups"
+            )
+        _, self.member_B = torch.unique(group_B, return_inverse=True)
+        groups = int(self.member_B.max()) + 1 if len(self.member_B) else 0
+        self.count = torch.bincount(self.member_B, minlength=groups)
+        low = score_B.new_full((groups,), torch.inf).scatter_reduce(0, self.member_B, score_B, "amin")
+        self.high = score_B.new_full((groups,), -torch.inf).scatter_reduce(0, self.member_B, score_B, "amax")
+        self.varied_B = (self.high > low)[self.member_B]
+        self.spread_B = (self.high - low)[self.member_B]
+        self.size_B = self.count[self.member_B].to(score_B.dtype)
+        # measured from the lowest, so that a large common offset costs no digits and equal scores leave no residue
+        above_B = score_B - low[self.member_B]
+        mean = score_B.new_zeros(groups).index_add(0, self.member_B, above_B) / self.count
+        self.centred_B = torch.where(self.varied_B, above_B - mean[self.member_B], torch.zeros_like(score_B))
+
+    def deviation(self) -> tuple[Tensor, Tensor]:
+        """Two factors of the deviation, the spread and the rest: squares of tiny differences would underflow."""
+        unit_B = torch.where(self.varied_B, self.spread_B, 1.0)
+        squares = torch.zeros_like(self.high).index_add(0, self.member_B, (self.centred_B / unit_B) ** 2)
+        return unit_B, torch.where(self.varied_B, (squares / self.count).sqrt()[self.member_B], 1.0)
 
 
 def _check(starts: Tensor, tokens: int, bootstrap_B: Tensor | None) -> None:

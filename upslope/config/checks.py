@@ -95,8 +95,6 @@ def _trust(rl: RL) -> Iterator[str]:
             )
         if rl.loss != "surrogate":
             yield f"update = trust_region improves loss = surrogate, not {rl.loss}: set loss = surrogate"
-        if rl.epochs * rl.minibatches > 1:
-            yield "update = trust_region takes one step a rollout: set epochs = 1 and minibatches = 1"
         if trust.penalty or rl.kl_in == "loss" or rl.entropy_weight:
             yield "update = trust_region has no other terms: set trust.penalty and entropy_weight to 0, kl_in = reward"
     elif rl.loss == "surrogate" and rl.epochs * rl.minibatches > 1 and not trust.penalty and trust.max_kl is None:

@@ -72,10 +72,11 @@ def describe(recipe: Recipe) -> list[str]:
             lines.append(f"{name}: {stage.steps} steps x {stage.batch} pairs = {stage.steps * stage.batch} pairs")
     if recipe.rl:
         rl = recipe.rl
+        each, parts = rl.episodes // rl.minibatches, rl.epochs * rl.minibatches
         lines.append(
             f"rl, {rl.algorithm}: {rl.steps} rollouts x {rl.prompts} prompts x {rl.samples} samples = "
-            f"{rl.steps * rl.episodes} episodes of up to {rl.max_tokens} tokens; {rl.epochs} epochs x "
-            f"{rl.minibatches} minibatches of {rl.episodes // rl.minibatches} episodes = {rl.steps * rl.epochs * rl.minibatches} optimizer steps"
+            f"{rl.steps * rl.episodes} episodes of up to {rl.max_tokens} tokens; {rl.epochs} epochs x {rl.minibatches} "
+            f"minibatches of {each} episodes = {rl.steps * parts} optimizer steps"
         )
     if recipe.expert:
         e = recipe.expert

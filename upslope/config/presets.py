@@ -34,7 +34,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "lam": 0.97,
         "critic": "detached",
         "trust": {"max_kl": 0.01},
-        **ON_POLICY,
     },
     # Mnih et al. 2016 (arXiv 1602.01783): actor-critic, one step on fresh samples, an entropy bonus
     "a2c": {

@@ -71,7 +71,7 @@ class RL(Table):
     lam: Share = 0.95
     reward_norm: Literal["none", "running"] = "none"  # scores over the deviation of all seen so far; no shift
     # the policy's loss
-    update: Literal["gradient", "trust_region"] = "gradient"
+    update: Literal["gradient", "trust_region"] = "gradient"  # trust_region: one step; epochs are then the critic's
     loss: Literal["clip", "surrogate", "policy_gradient", "sequence_clip", "cispo", "none"] = "clip"
     reduction: Literal["token", "sequence", "constant"] = "token"  # over tokens; of sequences' means; / max_tokens
     clip_low: Above0 = 0.2

@@ -38,7 +38,8 @@ class Runner(Protocol):
 class Engine:
     """Generation over one runner.
 
-    text_of turns ids into text, for stop texts; valid_vocab is the tokenizer's size where the model's is padded.
+    text_of turns ids into text, for stop texts; valid_vocab is the tokenizer's size where the model's is padded. With
+    a mask runner, top_k and top_p are read from its distribution instead of the policy's own (NLPO).
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Engine:
         seed: int = 0,
         text_of: Callable[[list[int]], str] | None = None,
         valid_vocab: int | None = None,
+        mask_runner: Runner | None = None,
     ) -> None:
         self.runner = runner
+        self.runners = [runner] if mask_runner is None else [runner, mask_runner]
         self.eos = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
         self.slots = slots
         self.seed = seed
@@ -60,9 +63,14 @@ class Engine:
         self.version = 0
         self.checksum = ""
 
-    def load(self, model: Decoder, version: int) -> None:
-        """Take over a model's weights under a version number. Raises RunError when a new version changed nothing."""
+    def load(self, model: Decoder, version: int, mask: Decoder | None = None) -> None:
+        """Take over a model's weights under a version number, and the mask's where there is a runner for it.
+
+        Raises RunError when a new version changed nothing.
+        """
         self.runner.load(model)
+        if mask is not None and len(self.runners) > 1:
+            self.runners[1].load(mask)
         checksum = self.runner.checksum()
         if version > self.version and version > 1 and checksum == self.checksum:
             raise RunError(
@@ -90,45 +98,54 @@ class Engine:
         if not total:
             return []
         capacity = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
-        cache = self.runner.new_cache(min(self.slots, total), capacity)
+        caches = [runner.new_cache(min(self.slots, total), capacity) for runner in self.runners]
         tokens = 0
         while not scheduler.done:
             if should_stop is not None and should_stop():
                 raise Interrupted("generation was stopped", "the same command carries on")
-            live = len(scheduler.running)
-            pending = [c.ids[-1] for c in scheduler.running]
-            hidden = [self.runner.step(cache, torch.tensor(pending))] if live else []
-            for admission, row in self._admit(scheduler, cache):
-                hidden.append(row.expand(len(admission.slots), -1))
-            ended = self._extend(scheduler, torch.cat(hidden), step)
+            pending = torch.tensor([c.ids[-1] for c in scheduler.running])
+            stepped = [[r.step(c, pending)] if len(pending) else [] for r, c in zip(self.runners, caches, strict=True)]
+            admissions = scheduler.admit(PREFILL_TOKENS)
+            hidden = [
+                torch.cat([*rows, *self._prefill(scheduler, admissions, runner, cache)])
+                for rows, runner, cache in zip(stepped, self.runners, caches, strict=True)
+            ]
+            ended = self._extend(scheduler, hidden, step)
             tokens += len(scheduler.running)
             for source, target in scheduler.retire(ended):
-                cache.move(source, target)
+                for cache in caches:
+                    cache.move(source, target)
             if progress is not None:
                 progress(tokens, len(scheduler.finished))
         return scheduler.results()
 
-    def _admit(self, scheduler: Scheduler, cache: DecoderCache) -> list[tuple[Admission, Tensor]]:
-        admissions = scheduler.admit(PREFILL_TOKENS)
+    @staticmethod
+    def _prefill(
+        scheduler: Scheduler, admissions: Sequence[Admission], runner: Runner, cache: DecoderCache
+    ) -> list[Tensor]:
+        """The hidden rows of the slots that the admissions take, in their order."""
         if not admissions:
             return []
         prompts = Ragged.of([scheduler.requests[a.request].prompt_ids for a in admissions])
-        hidden_PD = self.runner.prefill(cache, prompts, [a.slots for a in admissions])
-        return [(a, hidden_PD[p : p + 1]) for p, a in enumerate(admissions)]
+        hidden_PD = runner.prefill(cache, prompts, [a.slots for a in admissions])
+        return [hidden_PD[p : p + 1].expand(len(a.slots), -1) for p, a in enumerate(admissions)]
 
-    def _extend(self, scheduler: Scheduler, hidden_SD: Tensor, step: int) -> list[int]:
-        """Choose a token for every running slot and append it; returns the slots that ended."""
+    def _extend(self, scheduler: Scheduler, hidden: Sequence[Tensor], step: int) -> list[int]:
+        """Choose a token for every running slot and append it; returns the slots that ended.
+
+        hidden: one hidden_SD for each runner.
+        """
         running = scheduler.running
         asked = [scheduler.requests[c.request] for c in running]
         sampling = [r.sampling for r in asked]
-        temperature_S = torch.tensor([s.temperature for s in sampling], device=hidden_SD.device)
-        logits_SV = _project(hidden_SD, self.runner.output_weight)
-        logp_SV = log_distribution(
-            logits_SV, temperature_S, [s.top_k for s in sampling], [s.top_p for s in sampling], self.valid_vocab
-        )
+        device = hidden[0].device
+        temperature_S = torch.tensor([s.temperature for s in sampling], device=device)
+        logits_SV, *mask = (_project(h, r.output_weight) for h, r in zip(hidden, self.runners, strict=True))
+        top_k, top_p = [s.top_k for s in sampling], [s.top_p for s in sampling]
+        logp_SV = log_distribution(logits_SV, temperature_S, top_k, top_p, self.valid_vocab, *mask)
         keys, samples = [r.key for r in asked], [c.sample for c in running]
         drawn = uniform(self.seed, step, keys, samples, [len(c.ids) for c in running])
-        uniform_S = torch.from_numpy(drawn).to(hidden_SD.device)
+        uniform_S = torch.from_numpy(drawn).to(device)
         id_S, logp_S = choose(logp_SV, uniform_S, temperature_S == 0)
         ended = []
         for slot, (completion, token, logp) in enumerate(zip(running, id_S.tolist(), logp_S.tolist(), strict=True)):

@@ -9,39 +9,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from upslope.algo import kept_tokens
+
 BLOCK = 256
 
 
 def log_distribution(
-    logits_SV: Tensor, temperature_S: Tensor, top_k: list[int], top_p: list[float], valid: int | None
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k: list[int],
+    top_p: list[float],
+    valid: int | None,
+    mask_SV: Tensor | None = None,
 ) -> Tensor:
     """log p_SV in fp32 of the distribution to sample from: tempered, cut to top-k and top-p, normalised again.
 
     temperature 0 leaves the distribution itself (its rows take the most probable token). Entries from `valid` on are
-    padding of the vocabulary: never sampled.
+    padding of the vocabulary: never sampled. mask_SV: logits of another model, whose distribution says what is cut.
     """
+    logp_SV = _tempered(logits_SV, temperature_S, valid)
+    cut = [row for row, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if 0 < k < logp_SV.shape[1] or p < 1]
+    if cut:
+        rows = torch.tensor(cut, device=logp_SV.device)
+        by_SV = logp_SV if mask_SV is None else _tempered(mask_SV, temperature_S, valid)
+        k_S = torch.tensor([top_k[row] for row in cut], device=logp_SV.device)
+        p_S = torch.tensor([top_p[row] for row in cut], device=logp_SV.device)
+        kept = kept_tokens(by_SV[rows], k_S, p_S)
+        logp_SV[rows] = torch.log_softmax(logp_SV[rows].masked_fill(~kept, float("-inf")), dim=-1)
+    return logp_SV
+
+
+def _tempered(logits_SV: Tensor, temperature_S: Tensor, valid: int | None) -> Tensor:
     logits_SV = logits_SV.float()
     if valid is not None and valid < logits_SV.shape[1]:
         logits_SV[:, valid:] = float("-inf")
     if bool((temperature_S != 1).any()):
         logits_SV = logits_SV / torch.where(temperature_S == 0, 1.0, temperature_S)[:, None]
-    logp_SV = torch.log_softmax(logits_SV, dim=-1)
-    for row, (k, p) in enumerate(zip(top_k, top_p, strict=True)):
-        if 0 < k < logp_SV.shape[1] or p < 1:
-            logp_SV[row] = torch.log_softmax(_cut(logp_SV[row], k, p), dim=-1)
-    return logp_SV
-
-
-def _cut(logp_V: Tensor, k: int, p: float) -> Tensor:
-    """Keep the k most probable and, of those, the fewest whose mass reaches p; equal ones by lower id first."""
-    values, order = torch.sort(logp_V, descending=True, stable=True)
-    if 0 < k < len(values):
-        values[k:] = float("-inf")
-    if p < 1:
-        mass = torch.softmax(values, dim=0)
-        before = mass.cumsum(0) - mass
-        values[before >= p] = float("-inf")
-    return torch.empty_like(logp_V).scatter_(0, order, values)
+    return torch.log_softmax(logits_SV, dim=-1)
 
 
 def choose(logp_SV: Tensor, uniform_S: Tensor, greedy_S: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upslope.algo import token_logprobs
+from upslope.algo import cut_logprobs, token_logprobs
 from upslope.errors import ModelError
 from upslope.models.decoder import Decoder
 from upslope.ragged import Ragged
@@ -57,11 +57,22 @@ class RewardModel(nn.Module):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of A action tokens: log-probability, entropy of the distribution each was drawn from, value of the state."""
+    """Of A action tokens: log-probability, entropy of the distribution each was drawn from, value of the state (None
+    without a critic), and the policy's hidden state there."""
 
     logp_A: Tensor
     entropy_A: Tensor
     value_A: Tensor | None
+    hidden_AD: Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a sampler's distribution is cut by: the top_k and top_p of a frozen model's own distribution."""
+
+    model: Decoder
+    top_k: int
+    top_p: float
 
 
 class ActorCritic(nn.Module):
@@ -79,9 +90,16 @@ class ActorCritic(nn.Module):
         self.value_head = ScalarHead(policy.config.width) if critic != "none" else None
         self.critic_trunk = critic_trunk
 
-    def evaluate(self, batch: Ragged, action_A: Tensor, *, temperature: float = 1.0) -> TokenScores:
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic has of its own."""
+        return [p for name, p in self.named_parameters() if not name.startswith("policy.")]
+
+    def evaluate(
+        self, batch: Ragged, action_A: Tensor, *, temperature: float = 1.0, cut: Cut | None = None
+    ) -> TokenScores:
         """Scores of the actions at places action_A of the batch, each read in the state before it.
 
+        With a cut, the policy's distribution is what is left of it among the tokens that the cut keeps.
         Raises ValueError for an action that is the first token of its sequence: nothing has predicted it.
         """
         state_A = batch.previous[action_A]
@@ -91,17 +109,47 @@ class ActorCritic(nn.Module):
         hidden_ND = self.policy.hidden(batch)
         hidden_AD = hidden_ND[state_A]
         target_A = batch.ids_N[action_A.to(batch.ids_N.device)]
-        logp_A, entropy_A = token_logprobs(hidden_AD, self.policy.output_weight, target_A, temperature=temperature)
+        weight_VD = self.policy.output_weight
+        if cut is None:
+            logp_A, entropy_A = token_logprobs(hidden_AD, weight_VD, target_A, temperature=temperature)
+        else:
+            with torch.no_grad():
+                cut_AD = cut.model.hidden(batch)[state_A]
+            logp_A, entropy_A = cut_logprobs(
+                hidden_AD,
+                weight_VD,
+                target_A,
+                cut_AD,
+                cut.model.output_weight,
+                top_k=cut.top_k,
+                top_p=cut.top_p,
+                temperature=temperature,
+            )
         if self.value_head is None:
-            return TokenScores(logp_A, entropy_A, None)
-        return TokenScores(logp_A, entropy_A, self.value_head(self._critic_hidden(batch, hidden_ND)[state_A]))
+            return TokenScores(logp_A, entropy_A, None, hidden_AD)
+        value_A = self.value_head(self._critic_hidden(batch, hidden_ND)[state_A])
+        return TokenScores(logp_A, entropy_A, value_A, hidden_AD)
+
+    def values(self, batch: Ragged, action_A: Tensor) -> Tensor:
+        """value_A of the state in which each action was chosen; gradients reach the critic alone.
+
+        Raises ModelError without a critic.
+        """
+        state_A = batch.previous[action_A].to(self.policy.device)
+        return self._values_at(batch, state_A, grad_to_policy=False)
 
     def value_after(self, batch: Ragged, place_B: Tensor) -> Tensor:
         """The value of the state after the token at each place. Raises ModelError without a critic."""
+        return self._values_at(batch, place_B.to(self.policy.device), grad_to_policy=True)
+
+    def _values_at(self, batch: Ragged, place_B: Tensor, *, grad_to_policy: bool) -> Tensor:
         if self.value_head is None:
             raise ModelError("there is no critic to ask for a value", "choose critic = shared, detached or separate")
-        hidden_ND = self.policy.hidden(batch) if self.critic_trunk is None else batch.ids_N.new_zeros(())
-        value: Tensor = self.value_head(self._critic_hidden(batch, hidden_ND)[place_B.to(self.policy.device)])
+        hidden_ND = batch.ids_N.new_zeros(())
+        if self.critic_trunk is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and grad_to_policy):
+                hidden_ND = self.policy.hidden(batch)
+        value: Tensor = self.value_head(self._critic_hidden(batch, hidden_ND)[place_B])
         return value
 
     def _critic_hidden(self, batch: Ragged, hidden_ND: Tensor) -> Tensor:

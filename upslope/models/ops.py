@@ -21,6 +21,7 @@ class RMSNorm(torch.autograd.Function):
         x32 = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return (x32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
@@ -28,6 +29,12 @@ class RMSNorm(torch.autograd.Function):
         """dx = s (g - n mean(g n)), n = x s, g = dy weight;   dweight = sum over rows of dy n."""
         x, weight, scale = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if torch.is_grad_enabled():  # differentiated again: nothing in place, and the scale is seen to come from x
+            wide, grad = x.to(dtype), grads[0].to(dtype)
+            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+            normal, pulled = wide * scale, grad * weight
+            grad_x = (pulled - normal * (pulled * normal).mean(-1, keepdim=True)) * scale
+            return grad_x.to(x.dtype), (grad * normal).sum(0).to(weight.dtype), None
         grad = grads[0].to(dtype)
         normal = x.to(dtype) * scale
         grad_weight = torch.linalg.vecdot(grad, normal, dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -50,6 +57,9 @@ class SwiGLU(torch.autograd.Function):
         """dgate = dy up s (1 + gate (1 - s)),  dup = dy gate s,  s = sigmoid(gate)."""
         gate, up = ctx.saved_tensors
         grad = grads[0]
+        if torch.is_grad_enabled():  # differentiated again: silu_backward has no derivative of its own
+            slope = torch.sigmoid(gate)
+            return grad * up * slope * (1 + gate * (1 - slope)), F.silu(gate) * grad
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad)
 

@@ -1,7 +1,8 @@
-"""Algorithms as rows of one table: how advantages are made, which per-token loss, what they need.
+"""What the keys of [rl] name: how credit is given, and which loss a policy follows.
 
-The loop in rl.py is blind to the name. A row's two functions take the recipe's [rl] table and flat tensors over A
-action tokens; the mathematics is in upslope.algo.
+The loop in rl.py is blind to the algorithm: `algorithm = "grpo"` only sets keys (config/presets.py), and each key's
+value is looked up once in the tables below. The mathematics is in upslope.algo; all tensors are flat over A action
+tokens.
 """
 
 from __future__ import annotations
@@ -9,36 +10,153 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from upslope.algo import clipped_policy_loss, gae, whiten
+from upslope.algo import (
+    best_of_group,
+    cispo_loss,
+    clipped_policy_loss,
+    discounted_returns,
+    gae,
+    group_advantages,
+    group_deviation,
+    policy_gradient_loss,
+    sequence_clipped_loss,
+    surrogate_loss,
+    whiten,
+)
 from upslope.config import RL
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """advantages(rl, reward_A, value_A, starts, bootstrap_B) and policy_loss(rl, logp_A, old_logp_A, advantage_A)."""
+class Signal:
+    """What a rollout has to say: rewards and values of its actions, which episodes share a prompt (group_B), what
+    follows a cut (bootstrap_B), and the mean return of the rollouts before (running)."""
 
-    advantages: Callable[[RL, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    policy_loss: Callable[[RL, Tensor, Tensor, Tensor], Loss]
-    needs_critic: bool
-    needs_reference: bool
+    reward_A: Tensor
+    value_A: Tensor
+    starts: Tensor
+    bootstrap_B: Tensor
+    group_B: Tensor
+    running: float = 0.0
+
+    def spread(self, x_B: Tensor) -> Tensor:
+        """One number an episode to all its actions."""
+        return x_B.repeat_interleave(self.starts[1:] - self.starts[:-1])
+
+    def totals(self) -> Tensor:
+        """The sum of each episode's rewards."""
+        counts = self.starts[1:] - self.starts[:-1]
+        owner_A = torch.arange(len(counts)).repeat_interleave(counts)
+        return self.reward_A.new_zeros(len(counts)).index_add(0, owner_A, self.reward_A)
 
 
-def gae_advantages(
-    rl: RL, reward_A: Tensor, value_A: Tensor, starts: Tensor, bootstrap_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """GAE, whitened over the rollout's actions when the recipe says so; returns (advantage_A, return_A)."""
-    advantage_A, return_A = gae(reward_A, value_A, starts, gamma=rl.gamma, lam=rl.lam, bootstrap_B=bootstrap_B)
-    return (whiten(advantage_A) if rl.scale == "batch" else advantage_A), return_A
+@dataclass(frozen=True)
+class Credit:
+    """advantage_A as the losses take it, return_A for the critic, and statistics from before any scaling."""
+
+    advantage_A: Tensor
+    return_A: Tensor
+    metrics: dict[str, float]
 
 
-def clipped_surrogate(rl: RL, logp_A: Tensor, old_logp_A: Tensor, advantage_A: Tensor) -> Loss:
-    return clipped_policy_loss(logp_A, old_logp_A, advantage_A, clip_low=rl.clip_low, clip_high=rl.clip_high)
+def credit(rl: RL, signal: Signal) -> Credit:
+    """Advantages by rl.credit and rl.baseline, then scaled over the rollout where rl.scale says batch.
+
+    The metrics compare what the critic made of the rewards with what came of them: bias and rmse of the lambda-return
+    against the Monte-Carlo return of the same action (0 for credit = to_go and episode), and the advantages'
+    deviation, all over the rollout's action tokens.
+    """
+    advantage_A, return_A = CREDITS[rl.credit](rl, signal)
+    plain_A = _returns(rl, signal)
+    gap_A = return_A - plain_A
+    metrics = {
+        "advantage/std": float(advantage_A.std(correction=0)) if len(advantage_A) else 0.0,
+        "advantage/bias": float(gap_A.mean()) if len(gap_A) else 0.0,
+        "advantage/rmse": float(gap_A.square().mean().sqrt()) if len(gap_A) else 0.0,
+        "advantage/return": float(plain_A.mean()) if len(plain_A) else 0.0,
+    }
+    return Credit(whiten(advantage_A) if rl.scale == "batch" else advantage_A, return_A, metrics)
 
 
-ALGORITHMS: Mapping[str, Algorithm] = {
-    "ppo": Algorithm(gae_advantages, clipped_surrogate, needs_critic=True, needs_reference=True),
+def _returns(rl: RL, s: Signal) -> Tensor:
+    return discounted_returns(s.reward_A, s.starts, gamma=rl.gamma, bootstrap_B=s.bootstrap_B)
+
+
+def _gae(rl: RL, s: Signal) -> tuple[Tensor, Tensor]:
+    return gae(s.reward_A, s.value_A, s.starts, gamma=rl.gamma, lam=rl.lam, bootstrap_B=s.bootstrap_B)
+
+
+def _to_go(rl: RL, s: Signal) -> tuple[Tensor, Tensor]:
+    """The return from each action on, less a baseline that does not know the action."""
+    return_A = _returns(rl, s)
+    return return_A - TO_GO_BASELINES[rl.baseline](rl, s, return_A), return_A
+
+
+def _episode(rl: RL, s: Signal) -> tuple[Tensor, Tensor]:
+    """One advantage for all actions of an episode: what it earned in all, against its baseline."""
+    return s.spread(EPISODE_BASELINES[rl.baseline](rl, s, s.totals())), _returns(rl, s)
+
+
+def _group_baseline(rl: RL, s: Signal, return_A: Tensor) -> Tensor:
+    """The mean total of an episode's group (of the others of it), at each of its actions."""
+    return s.spread(s.totals() - _group_advantages(rl, s, s.totals(), scale="none"))
+
+
+def _group_advantages(rl: RL, s: Signal, total_B: Tensor, scale: str | None = None) -> Tensor:
+    baseline = "leave_one_out" if rl.baseline == "leave_one_out" else "mean"
+    scale = scale or ("std" if rl.scale == "group" else "none")
+    return group_advantages(total_B, s.group_B, baseline=baseline, scale=scale)
+
+
+def _mean(x: Tensor) -> float:
+    return float(x.mean()) if len(x) else 0.0
+
+
+CREDITS: Mapping[str, Callable[[RL, Signal], tuple[Tensor, Tensor]]] = {
+    "gae": _gae,
+    "to_go": lambda rl, s: _scaled_by_group(rl, s, *_to_go(rl, s)),
+    "episode": _episode,
+}
+TO_GO_BASELINES: Mapping[str, Callable[[RL, Signal, Tensor], Tensor]] = {
+    "none": lambda rl, s, return_A: torch.zeros_like(return_A),
+    "mean": lambda rl, s, return_A: torch.full_like(return_A, _mean(return_A)),
+    "running": lambda rl, s, return_A: torch.full_like(return_A, s.running),
+    "critic": lambda rl, s, return_A: s.value_A,
+    "group": _group_baseline,
+    "leave_one_out": _group_baseline,
+}
+EPISODE_BASELINES: Mapping[str, Callable[[RL, Signal, Tensor], Tensor]] = {
+    "none": lambda rl, s, total_B: total_B,
+    "mean": lambda rl, s, total_B: total_B - _mean(total_B),
+    "running": lambda rl, s, total_B: total_B - s.running,
+    "critic": lambda rl, s, total_B: total_B - s.value_A[s.starts[:-1]],
+    "group": _group_advantages,
+    "leave_one_out": _group_advantages,
+    "best": lambda rl, s, total_B: best_of_group(total_B, s.group_B),
+}
+
+
+def _scaled_by_group(rl: RL, s: Signal, advantage_A: Tensor, return_A: Tensor) -> tuple[Tensor, Tensor]:
+    if rl.scale == "group":
+        advantage_A = advantage_A / s.spread(group_deviation(s.totals(), s.group_B))
+    return advantage_A, return_A
+
+
+POLICY_LOSSES: Mapping[str, Callable[[RL, Tensor, Tensor, Tensor, Tensor], Loss]] = {
+    "clip": lambda rl, logp_A, old_logp_A, advantage_A, starts: clipped_policy_loss(
+        logp_A, old_logp_A, advantage_A, clip_low=rl.clip_low, clip_high=rl.clip_high, dual_clip=rl.dual_clip
+    ),
+    "surrogate": lambda rl, logp_A, old_logp_A, advantage_A, starts: surrogate_loss(logp_A, old_logp_A, advantage_A),
+    "policy_gradient": lambda rl, logp_A, old_logp_A, advantage_A, starts: policy_gradient_loss(logp_A, advantage_A),
+    "sequence_clip": lambda rl, logp_A, old_logp_A, advantage_A, starts: sequence_clipped_loss(
+        logp_A, old_logp_A, advantage_A, starts, clip_low=rl.clip_low, clip_high=rl.clip_high
+    ),
+    "cispo": lambda rl, logp_A, old_logp_A, advantage_A, starts: cispo_loss(
+        logp_A, old_logp_A, advantage_A, clip_high=rl.clip_high
+    ),
+    "none": lambda rl, logp_A, old_logp_A, advantage_A, starts: (torch.zeros_like(logp_A), {}),
 }

@@ -8,17 +8,21 @@ from upslope.algo.random import permutation
 
 
 def batch_indices(items: int, batch: int, step: int, *key: int | str) -> list[int]:
-    """The items of one optimizer step, from its number alone: epoch after epoch, each item once in each.
+    """The items of one optimizer step, from its number alone: `batch` of them, behind those of the steps before."""
+    return items_from(items, step * batch, batch, *key)
+
+
+def items_from(items: int, position: int, count: int, *key: int | str) -> list[int]:
+    """`count` items from a position of an endless walk: epoch after epoch, each item once in each.
 
     The order of epoch e is a permutation keyed by (key, e); a batch may take the end of one epoch and the start
     of the next, so that no item is dropped or weighted twice.
     """
     chosen: list[int] = []
-    position = step * batch
-    while len(chosen) < batch:
+    while len(chosen) < count:
         epoch, offset = divmod(position + len(chosen), items)
         order = permutation(items, *key, epoch)
-        chosen.extend(int(i) for i in order[offset : offset + batch - len(chosen)])
+        chosen.extend(int(i) for i in order[offset : offset + count - len(chosen)])
     return chosen
 
 

@@ -19,7 +19,9 @@ class Episode:
     ids: all tokens, the prompt first; actions: the places in ids that the policy chose (what others said may stand
     between them); logp: their log-probabilities under the distribution they were sampled from; finish: eos, stop or
     length (cut by a limit); version: of the weights that sampled; group: episodes of one prompt share it; rewards:
-    the scores by name, total their weighted sum, None with the reason in `failure` where a reward failed.
+    the scores by name; steps: (number of an action, weighted score) where a reward paid single actions; total: the
+    weighted sum of all, None with the reason in `failure` where a reward failed; used: False where its group was set
+    aside because all its totals are equal.
     """
 
     prompt: str
@@ -32,8 +34,10 @@ class Episode:
     group: int
     sample: int
     rewards: dict[str, float] = field(default_factory=dict)
+    steps: list[tuple[int, float]] = field(default_factory=list)
     total: float | None = None
     failure: str | None = None
+    used: bool = True
 
     @property
     def terminal(self) -> bool:

@@ -16,8 +16,8 @@ from upslope.models.runner import DecoderRunner
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.batches import micro_batches
+from upslope.training.collect import generate, sampling_of
 from upslope.training.episode import Episode, action_starts, lay_out
-from upslope.training.rollout import generate, sampling_of
 from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 

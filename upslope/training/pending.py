@@ -8,17 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from upslope.training.episode import Episode, action_starts
-from upslope.training.rollout import Batch
-
-FIELDS = ("behaviour_logp_A", "old_logp_A", "entropy_A", "value_A", "ref_logp_A", "advantage_A", "return_A")
+from upslope.training.rollout import FIELDS, Batch
 
 
 def batch_to_tensors(
     episodes: Sequence[Episode], batch: Batch, metrics: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a batch, and all its episodes (failed ones too) with the rollout's metrics."""
+    """The tensors of a batch, and all the rollout's episodes (also those not learned from) with its metrics."""
     tensors = {name: getattr(batch, name).clone() for name in FIELDS}
-    return tensors, {"episodes": [e.record() for e in episodes], "metrics": dict(metrics)}
+    place = {id(e): i for i, e in enumerate(episodes)}
+    record = {
+        "episodes": [e.record() for e in episodes],
+        "learned": [place[id(e)] for e in batch.episodes],
+        "metrics": dict(metrics),
+    }
+    return tensors, record
 
 
 def batch_from_tensors(
@@ -26,6 +30,6 @@ def batch_from_tensors(
 ) -> tuple[list[Episode], Batch, dict[str, float]]:
     """What `batch_to_tensors` took."""
     episodes = [Episode(**e) for e in record["episodes"]]
-    kept = [e for e in episodes if e.total is not None]
+    kept = [episodes[i] for i in record["learned"]]
     fields = {name: tensors[name] for name in FIELDS}
     return episodes, Batch(kept, action_starts(kept), **fields), dict(record["metrics"])

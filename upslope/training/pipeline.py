@@ -19,13 +19,13 @@ from upslope.models.runner import DecoderRunner
 from upslope.observe.report import write_report
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.algorithms import ALGORITHMS
 from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
 from upslope.training.probe import ProbeSource, probe_folder
 from upslope.training.reward_model import run_reward
 from upslope.training.rl import Actors, run_rl
+from upslope.training.rollout import Frozen
 from upslope.training.run import Run
 from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source, source_name
 from upslope.training.supervised import run_supervised
@@ -194,8 +194,11 @@ def _rl(p: Pipeline) -> None:
     policy = p.decoder(p.source_of("rl"), trained=True)
     critic_trunk = p.decoder(p.source_of("rl"), trained=True) if rl.critic == "separate" else None
     model = ActorCritic(policy, rl.critic, critic_trunk).to(p.run.device)
-    needs_reference = ALGORITHMS[rl.algorithm].needs_reference and rl.kl > 0
-    reference = p.decoder(p.source_of("rl"), trained=False) if needs_reference else None
+    frozen = Frozen(
+        reference=p.decoder(rl.teacher or p.source_of("rl"), trained=False) if rl.uses_reference else None,
+        mask=p.decoder(p.source_of("rl"), trained=False) if rl.mask_every else None,
+    )
+    _check_teacher(rl.teacher, frozen.reference, policy)
     prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
     longest = max(len(prompt.ids) for prompt in prompts) + rl.max_tokens
     if longest > policy.config.context:
@@ -211,12 +214,24 @@ def _rl(p: Pipeline) -> None:
         seed=p.recipe.seed,
         text_of=p.tokenizer.decode,
         valid_vocab=p.tokenizer.vocab_size,
+        mask_runner=DecoderRunner(policy, dtype=p.run.dtype) if rl.mask_every > 1 else None,
     )
     scorer = p.scorer()
     try:
-        run_rl(p.run, rl, Actors(model, reference, engine, scorer, p.tokenizer), prompts)
+        run_rl(p.run, rl, Actors(model, frozen, engine, scorer, p.tokenizer), prompts)
     finally:
         scorer.close()
+
+
+def _check_teacher(source: str | None, teacher: Decoder | None, policy: Decoder) -> None:
+    """A teacher and its student choose among the same tokens, and see as far."""
+    if source is None or teacher is None:
+        return
+    if teacher.config.vocab_size != policy.config.vocab_size:
+        raise ModelError(
+            f"the teacher {source} has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}",
+            "choose a teacher of the same vocabulary",
+        )
 
 
 def evaluate_run(p: Pipeline, draw: int = 0) -> None:

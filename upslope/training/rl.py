@@ -7,28 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from upslope.algo import AdaptiveKL, explained_variance, reduce, value_loss
+from upslope.algo import explained_variance
 from upslope.algo.random import permutation
 from upslope.config import RL
 from upslope.engine import Engine
 from upslope.errors import Interrupted, RunError
-from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.algorithms import ALGORITHMS
-from upslope.training.batches import batch_indices, micro_batches
-from upslope.training.episode import Episode, lay_out
+from upslope.training.collect import collect
+from upslope.training.controllers import Controllers
+from upslope.training.episode import Episode
 from upslope.training.export import export_policy
+from upslope.training.objective import Prices, critic_step, minibatch_step
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
-from upslope.training.rollout import Batch, collect, prepare, rollout_metrics
+from upslope.training.rollout import Batch, Frozen, prepare, reference_metrics, rollout_metrics
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState, freeze_lowest
-from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step
+from upslope.training.trust_region import trust_region_update
+from upslope.training.update import StopAsked, learning_rate, make_optimizer
 
 GAP_ALARM = 0.1  # nats, mean over tokens: sampler and trainer no longer hold the same policy
 RATIO_ALARM = 0.05  # mean |ratio - 1| on the first minibatch, where it is 1 but for rounding
@@ -36,10 +34,10 @@ RATIO_ALARM = 0.05  # mean |ratio - 1| on the first minibatch, where it is 1 but
 
 @dataclass
 class Actors:
-    """Who takes part: the trained policy with its critic, the frozen reference, the engine, the rewards."""
+    """Who takes part: the trained policy with its critic, the frozen models, the engine, the rewards."""
 
     model: ActorCritic
-    reference: Decoder | None
+    frozen: Frozen
     engine: Engine
     scorer: Scorer
     tokenizer: Tokenizer
@@ -49,16 +47,17 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
     """Climb the reward for rl.steps rollouts, write rl/model. Raises Interrupted after saving when asked to stop."""
     model = actors.model
     freeze_lowest(model.policy, rl.freeze_layers)
-    state = RunState("rl", model, make_optimizer(model, rl.optim))
-    controller = AdaptiveKL(target=rl.kl_target, horizon=rl.kl_horizon if rl.kl_target else None, coefficient=rl.kl)
+    trained = model if rl.update == "gradient" else model.critic_parameters()
+    state = RunState("rl", model, make_optimizer(trained, rl.optim), companion=actors.frozen.mask)
+    controllers = Controllers(rl)
     if state.restore(run):
-        controller.restore(state.extra["kl"])
-    state.extra["kl"] = controller.state()
+        controllers.restore(state.extra["controllers"])
+    state.extra["controllers"] = controllers.state()
     try:
         while state.rollout < rl.steps:
-            episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controller)
-            metrics |= improve(run, rl, state, batch)
-            finish_rollout(run, rl, actors, state, controller, episodes, batch, metrics)
+            episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
+            metrics |= improve(run, rl, actors, state, controllers, batch)
+            finish_rollout(run, rl, actors, state, controllers, episodes, batch, metrics)
             state.save_if_due(run)
     except (StopAsked, Interrupted):
         state.interrupt(run)
@@ -67,66 +66,119 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
 
 
 def next_rollout(
-    run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt], state: RunState, controller: AdaptiveKL
+    run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt], state: RunState, controllers: Controllers
 ) -> tuple[list[Episode], Batch, dict[str, float]]:
     """The rollout to learn from: the half-used one of a resumed run, or a new one."""
     if state.pending is not None:
-        episodes, batch, metrics = batch_from_tensors(state.pending, state.extra["pending"])
-        return episodes, batch, metrics
+        return batch_from_tensors(state.pending, state.extra["pending"])
     number = state.rollout
-    chosen = batch_indices(len(prompts), rl.prompts, number, run.recipe.seed, "prompts")
     run.progress("rl", number, rl.steps, "generate")
     start = time.perf_counter()
-    actors.engine.load(actors.model.policy, version=number)
-    keys = [number * rl.prompts + i for i in range(rl.prompts)]
-    episodes = collect(
-        run, actors.engine, actors.tokenizer, [prompts[i] for i in chosen], keys, actors.scorer, rl, step=number
+    load_engine(rl, actors, number)
+    episodes, used = collect(
+        run, actors.engine, actors.tokenizer, prompts, actors.scorer, rl, rollout=number, used=controllers.used
     )
     collected = time.perf_counter()
     run.progress("rl", number + 0.2, rl.steps, "log-probabilities")
-    kept = [e for e in episodes if e.total is not None]
-    algorithm = ALGORITHMS[rl.algorithm]
-    batch = prepare(kept, actors.model, actors.reference, algorithm, rl, controller.coefficient)
-    metrics = rollout_metrics(episodes, batch) | {"kl/coefficient": controller.coefficient}
-    metrics["critic/explained_variance"] = explained_variance(batch.value_A, batch.return_A)
+    learned = [e for e in episodes if e.total is not None and e.used]
+    controllers.saw_scores([e.total for e in episodes if e.total is not None])
+    controllers.used = used
+    batch, metrics = prepare(
+        learned,
+        actors.model,
+        actors.frozen,
+        rl,
+        controllers.kl.coefficient,
+        running=controllers.returns or 0.0,
+        score_scale=controllers.score_scale(rl),
+    )
+    controllers.saw_return(metrics["advantage/return"])
+    metrics |= rollout_metrics(episodes, batch, rl.samples)
+    if actors.frozen.reference is not None:
+        metrics |= reference_metrics(batch) | {"kl/coefficient": controllers.kl.coefficient}
+    if rl.critic != "none":
+        metrics["critic/explained_variance"] = explained_variance(batch.value_A, batch.return_A)
     metrics["time/rollout_s"] = collected - start
     metrics["time/prepare_s"] = time.perf_counter() - collected
-    metrics["tokens/sampled"] = float(len(batch.old_logp_A))
-    if metrics["policy/sampler_gap_mean"] > GAP_ALARM:
+    if metrics.get("policy/sampler_gap_mean", 0.0) > GAP_ALARM:
         message = f"sampler and trainer differ by {metrics['policy/sampler_gap_mean']:.3f} nats a token"
         run.record("alarm", stage="rl", step=number, message=message)
     state.pending, state.extra["pending"] = batch_to_tensors(episodes, batch, metrics)
-    state.extra["minibatch"] = 0
+    state.extra |= {"minibatch": 0, "updates": [], "controllers": controllers.state()}
     return episodes, batch, metrics
 
 
-def improve(run: Run, rl: RL, state: RunState, batch: Batch) -> dict[str, float]:
-    """All optimizer steps on one rollout: each episode exactly `epochs` times. Means over the steps are returned."""
+def load_engine(rl: RL, actors: Actors, number: int) -> None:
+    """Give the engine the policy's present weights, and the cut's copy those of every rl.mask_every-th rollout."""
+    if actors.frozen.mask is not None and number % rl.mask_every == 0:
+        actors.frozen.mask.load_state_dict(actors.model.policy.state_dict())
+    actors.engine.load(actors.model.policy, version=number, mask=actors.frozen.mask)
+
+
+def improve(
+    run: Run, rl: RL, actors: Actors, state: RunState, controllers: Controllers, batch: Batch
+) -> dict[str, float]:
+    """All optimizer steps on one rollout: each episode exactly `epochs` times. Means over the steps are returned.
+
+    Under a trust region the policy takes one step of its own first, and these steps are the critic's. A drift beyond
+    trust.max_kl ends the rollout's use early.
+    """
     start = time.perf_counter()
-    steps = rl.epochs * rl.minibatches
-    total = rl.steps * steps
-    while state.extra["minibatch"] < steps:
+    passes = rl.epochs * rl.minibatches
+    steps = passes + (rl.update == "trust_region")
+    while state.extra["minibatch"] < steps and batch.episodes:
         done = state.extra["minibatch"]
-        members = minibatch_members(run.recipe.seed, rl, batch, state.rollout, done)
-        lr = learning_rate(rl.optim, state.rollout * steps + done, total)
-        metrics = minibatch_step(run, rl, state, batch, members, lr) if members else {}
+        metrics = one_update(run, rl, actors, state, controllers, batch, done)
         if done == 0 and metrics.get("policy/ratio_gap", 0.0) > RATIO_ALARM:
             gap = metrics["policy/ratio_gap"]
             message = f"first minibatch: the ratio differs from 1 by {gap:.3f} on average"
             run.record("alarm", stage="rl", step=state.rollout, message=message)
-        state.extra.setdefault("updates", []).append(metrics)
-        state.extra["minibatch"] = done + 1
+        state.extra["updates"].append(metrics)
         state.step += 1
+        drifted = rl.trust.max_kl is not None and metrics.get("policy/approx_kl", 0.0) > rl.trust.max_kl
+        state.extra["minibatch"] = steps if drifted else done + 1
         run.progress("rl", state.rollout + 0.3 + 0.7 * (done + 1) / steps, rl.steps, "update")
-    updates = [u for u in state.extra.pop("updates") if u]
-    means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    means["policy/first_ratio_gap"] = updates[0]["policy/ratio_gap"]
-    if all(u["optim/skipped"] for u in updates):
+    metrics = means_of_updates(state.extra.pop("updates"), state.rollout)
+    return metrics | {"time/update_s": time.perf_counter() - start}
+
+
+def one_update(
+    run: Run, rl: RL, actors: Actors, state: RunState, controllers: Controllers, batch: Batch, done: int
+) -> dict[str, float]:
+    """The optimizer step (or the trust region's) that follows `done` others on this rollout."""
+    total = rl.steps * rl.epochs * rl.minibatches
+    if rl.update == "trust_region":
+        if done == 0:
+            return trust_region_update(rl, actors.model.policy, batch, run.should_stop)
+        done -= 1
+    members = minibatch_members(run.recipe.seed, rl, batch, state.rollout, done)
+    if not members:
+        return {}
+    lr = learning_rate(rl.optim, state.rollout * rl.epochs * rl.minibatches + done, total)
+    if rl.update == "trust_region":
+        return critic_step(run, rl, state, batch, members, lr)
+    prices = Prices(kl=controllers.kl.coefficient, trust=controllers.trust.coefficient)
+    return minibatch_step(run, rl, state, batch, members, lr, actors.frozen, prices)
+
+
+def means_of_updates(updates: Sequence[dict[str, float]], rollout: int) -> dict[str, float]:
+    """Each statistic's mean over the updates that have it, the first ratio gap, and the last KL(old, policy)."""
+    updates = [u for u in updates if u]
+    names = dict.fromkeys(name for u in updates for name in u)
+    means = {}
+    for name in names:
+        found = [u[name] for u in updates if name in u]
+        means[name] = sum(found) / len(found)
+    means["optim/updates"] = float(len(updates))
+    if updates and "policy/ratio_gap" in updates[0]:
+        means["policy/first_ratio_gap"] = updates[0]["policy/ratio_gap"]
+        means["policy/last_approx_kl"] = updates[-1]["policy/approx_kl"]
+    if updates and all(u["optim/skipped"] for u in updates):
         raise RunError(
-            f"every optimizer step of rollout {state.rollout + 1} had a loss or gradient that is not finite",
+            f"every optimizer step of rollout {rollout + 1} had a loss or gradient that is not finite",
             "lower rl.optim.lr, and look at the rewards in episodes.jsonl",
         )
-    return means | {"time/update_s": time.perf_counter() - start}
+    return means
 
 
 def minibatch_members(seed: int, rl: RL, batch: Batch, rollout: int, index: int) -> list[int]:
@@ -145,65 +197,12 @@ def minibatch_members(seed: int, rl: RL, batch: Batch, rollout: int, index: int)
     return [e for u in order[low:high] for e in units[int(u)]]
 
 
-def minibatch_step(
-    run: Run, rl: RL, state: RunState, batch: Batch, members: Sequence[int], lr: float
-) -> dict[str, float]:
-    """One optimizer step; every term is a mean over the action tokens of the whole minibatch."""
-    model = state.model
-    assert isinstance(model, ActorCritic)
-    policy_loss = ALGORITHMS[rl.algorithm].policy_loss
-    tokens = len(batch.rows(members))
-
-    def loss_of(part: list[int]) -> tuple[Tensor, Stats]:
-        chosen = [members[i] for i in part]
-        ragged, action_A = lay_out([batch.episodes[e] for e in chosen])
-        rows = batch.rows(chosen)
-        device = model.policy.device
-        scores = model.evaluate(ragged.to(device), action_A, temperature=rl.temperature)
-        old_logp_A, advantage_A = batch.old_logp_A[rows].to(device), batch.advantage_A[rows].to(device)
-        policy_A, policy_stats = policy_loss(rl, scores.logp_A, old_logp_A, advantage_A)
-        loss = reduce(policy_A, tokens)
-        stats: dict[str, Tensor] = {"loss/policy": loss}
-        if scores.value_A is not None:
-            value_A, _ = value_loss(
-                scores.value_A,
-                batch.return_A[rows].to(device),
-                old_value_A=batch.value_A[rows].to(device),
-                clip=rl.value_clip,
-            )
-            stats["loss/value"] = reduce(value_A, tokens)
-            loss = loss + rl.value_weight * stats["loss/value"]
-        if rl.entropy_weight:
-            loss = loss - rl.entropy_weight * reduce(scores.entropy_A, tokens)
-        ratio_A = torch.exp(scores.logp_A.detach() - old_logp_A)
-        stats["policy/ratio_gap"] = reduce((ratio_A - 1).abs(), tokens)
-        stats |= {f"policy/{name}": reduce(value.float(), tokens) for name, value in short_names(policy_stats).items()}
-        return loss, stats
-
-    lengths = [len(batch.episodes[e].ids) for e in members]
-    groups = [batch.episodes[e].group for e in members]
-    return optimizer_step(
-        model,
-        state.optimizer,
-        micro_batches(lengths, rl.optim.micro_tokens, groups),
-        loss_of,
-        lr=lr,
-        clip_norm=rl.optim.clip_norm,
-        should_stop=run.should_stop,
-    )
-
-
-def short_names(stats: Any) -> dict[str, Tensor]:
-    """Per-token statistics under the names of their means: clipped_A -> clipped."""
-    return {name.removesuffix("_A"): value for name, value in stats.items() if name != "ratio_A"}
-
-
 def finish_rollout(
     run: Run,
     rl: RL,
     actors: Actors,
     state: RunState,
-    controller: AdaptiveKL,
+    controllers: Controllers,
     episodes: Sequence[Episode],
     batch: Batch,
     metrics: dict[str, float],
@@ -211,8 +210,11 @@ def finish_rollout(
     """Record a rollout that has been learned from, and let go of it."""
     for episode in episodes:
         run.episodes.write("episode", stage="rl", step=state.rollout, **episode.record())
-    controller.update(metrics["kl/reference_per_completion"], len(batch.episodes))
-    state.extra["kl"] = controller.state()
+    if "kl/reference_per_completion" in metrics:
+        controllers.kl.update(metrics["kl/reference_per_completion"], len(batch.episodes))
+    if "policy/last_approx_kl" in metrics:
+        controllers.trust.update(metrics["policy/last_approx_kl"])
+    state.extra["controllers"] = controllers.state()
     state.pending = None
     state.extra.pop("pending", None)
     state.rollout += 1
@@ -220,7 +222,7 @@ def finish_rollout(
     seconds = metrics["time/rollout_s"] + metrics["time/prepare_s"] + metrics["time/update_s"]
     metrics["time/step_s"] = seconds
     run.record("step", stage="rl", step=state.rollout, metrics=metrics)
-    if (state.rollout - 1) % run.recipe.eval.samples_every == 0 or state.rollout == rl.steps:
+    if batch.episodes and ((state.rollout - 1) % run.recipe.eval.samples_every == 0 or state.rollout == rl.steps):
         run.record("samples", stage="rl", step=state.rollout, samples=sample_records(batch, actors.tokenizer))
 
 

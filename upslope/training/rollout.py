@@ -1,4 +1,4 @@
-"""Collect episodes (generate, score) and prepare them for training (log-probabilities, values, KL, advantages)."""
+"""Episodes prepared for training: log-probabilities, values, the distance to the reference, rewards and advantages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from torch import Tensor
 
 from upslope.algo import token_logprobs
 from upslope.config import RL
-from upslope.engine import Engine, Request, Sampling
 from upslope.models.decoder import Decoder
-from upslope.models.heads import ActorCritic
-from upslope.text.prepare import Prompt
-from upslope.text.tokenizer import Tokenizer
-from upslope.training.algorithms import Algorithm
+from upslope.models.heads import ActorCritic, Cut
+from upslope.ragged import Ragged
+from upslope.training.algorithms import Signal, credit
 from upslope.training.batches import micro_batches
 from upslope.training.episode import Episode, action_starts, lay_out
-from upslope.training.run import Run
-from upslope.training.scoring import Scorer
 
 
 @dataclass
@@ -28,6 +24,7 @@ class Batch:
     """Prepared episodes: flat tensors over A action tokens, in fp32 on the CPU, and the offsets of each episode.
 
     behaviour_logp_A: of the sampler; old_logp_A: the trainer's own, of the weights that sampled; both detached.
+    ref_logp_A is old_logp_A where there is no reference.
     """
 
     episodes: list[Episode]
@@ -42,97 +39,61 @@ class Batch:
 
     def rows(self, members: Sequence[int]) -> Tensor:
         """The places over A of some episodes' actions, in the order of `members`."""
-        return torch.cat([torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in members])
+        parts = [torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in members]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    def select(self, members: Sequence[int]) -> Batch:
+        """The batch of some of its episodes."""
+        rows, episodes = self.rows(members), [self.episodes[e] for e in members]
+        kept = {name: getattr(self, name)[rows] for name in FIELDS}
+        return Batch(episodes, action_starts(episodes), **kept)
 
 
-def sampling_of(rl: RL) -> Sampling:
-    return Sampling(max_tokens=rl.max_tokens, temperature=rl.temperature, stop=rl.stop)
+FIELDS = ("behaviour_logp_A", "old_logp_A", "entropy_A", "value_A", "ref_logp_A", "advantage_A", "return_A")
 
 
-def generate(
-    run: Run,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    keys: Sequence[int],
-    sampling: Sampling,
-    *,
-    samples: int,
-    step: int,
-) -> list[Episode]:
-    """Sample completions; `keys` number the prompts, so that the tokens do not depend on the batch or the slots."""
-    requests = [
-        Request(prompt_ids=tuple(p.ids), key=k, samples=samples, sampling=sampling)
-        for p, k in zip(prompts, keys, strict=True)
-    ]
-    episodes = []
-    for c in engine.generate(requests, step=step, should_stop=run.should_stop):
-        prompt = prompts[c.request]
-        first = len(prompt.ids)
-        episodes.append(
-            Episode(
-                prompt=prompt.text,
-                completion=tokenizer.decode(c.ids),
-                ids=[*prompt.ids, *c.ids],
-                actions=list(range(first, first + len(c.ids))),
-                logp=list(c.logp),
-                finish=c.finish,
-                version=c.version,
-                group=keys[c.request],
-                sample=c.sample,
-            )
-        )
-    return episodes
+@dataclass(frozen=True)
+class Frozen:
+    """The models of a stage that do not learn: where the KL is measured from, and what a sampler's cut is read from."""
 
+    reference: Decoder | None = None
+    mask: Decoder | None = None
 
-def collect(
-    run: Run,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    keys: Sequence[int],
-    scorer: Scorer,
-    rl: RL,
-    step: int,
-) -> list[Episode]:
-    """One rollout: generate, score; episodes whose reward failed carry the reason and no total."""
-    episodes = generate(run, engine, tokenizer, prompts, keys, sampling_of(rl), samples=rl.samples, step=step)
-    rows = [prompts[i].row for i in range(len(prompts)) for _ in range(rl.samples)]
-    scorer.score(episodes, rows)
-    return episodes
+    def cut(self, rl: RL) -> Cut | None:
+        return None if self.mask is None else Cut(self.mask, rl.top_k, rl.top_p)
 
 
 @torch.no_grad()
 def prepare(
     episodes: list[Episode],
     model: ActorCritic,
-    reference: Decoder | None,
-    algorithm: Algorithm,
+    frozen: Frozen,
     rl: RL,
     kl_coefficient: float,
-) -> Batch:
-    """Log-probabilities, values and KL of whole episodes, then rewards per token and advantages.
+    *,
+    running: float = 0.0,
+    score_scale: float = 1.0,
+) -> tuple[Batch, dict[str, float]]:
+    """Log-probabilities, values and KL of whole episodes, then rewards per token and advantages, with statistics.
 
-        r_t = -kl (log p_old(a_t) - log p_ref(a_t)) + [t is the last action] score
+        r_t = -kl (log p_old(a_t) - log p_ref(a_t)) + what a reward gave for a_t + [t is the last action] the rest
 
-    The score of an episode that a limit cut is paid too, unless rl.limit is "bootstrap": then the critic's value of
-    the state after its last action stands in for it. Never both: with gamma 1 their sum has no fixed point.
+    The KL is there where rl.kl_in says reward. What is paid at the end is paid to an episode that a limit cut too,
+    unless rl.limit is "bootstrap": then the critic's value of the state after its last action stands in for it. Never
+    both: with gamma 1 their sum has no fixed point. With baseline = best only the chosen episodes stay in the batch.
     """
     starts = action_starts(episodes)
     actions = int(starts[-1])
     old, entropy, value, ref = (torch.zeros(actions) for _ in range(4))
     bootstrap_B = torch.zeros(len(episodes))
-    lengths = [len(e.ids) for e in episodes]
-    groups = [e.group for e in episodes]
-    batch = Batch(
-        episodes, starts, torch.tensor([p for e in episodes for p in e.logp]), old, entropy, value, ref, old, old
-    )
-    for part in micro_batches(lengths, 2 * rl.optim.micro_tokens, groups):
+    behaviour = torch.tensor([p for e in episodes for p in e.logp])
+    batch = Batch(episodes, starts, behaviour, old, entropy, value, ref, old, old)
+    for part in micro_batches([len(e.ids) for e in episodes], 2 * rl.optim.micro_tokens, [e.group for e in episodes]):
         members = [episodes[i] for i in part]
         ragged, action_A = lay_out(members)
         ragged = ragged.to(model.policy.device)
         rows = batch.rows(part)
-        scores = model.evaluate(ragged, action_A, temperature=rl.temperature)
+        scores = model.evaluate(ragged, action_A, temperature=rl.temperature, cut=frozen.cut(rl))
         old[rows] = scores.logp_A.float().cpu()
         entropy[rows] = scores.entropy_A.float().cpu()
         if scores.value_A is not None:
@@ -142,48 +103,79 @@ def prepare(
             if cut:
                 last = torch.tensor([int(action_A[int(action_starts(members)[i + 1]) - 1]) for i in cut])
                 bootstrap_B[torch.tensor([part[i] for i in cut])] = model.value_after(ragged, last).float().cpu()
-        if reference is not None:
-            hidden_ND = reference.hidden(ragged)
-            state_A = ragged.previous[action_A]
-            ref_logp_A, _ = token_logprobs(
-                hidden_ND[state_A], reference.output_weight, ragged.ids_N[action_A], temperature=rl.temperature
-            )
-            ref[rows] = ref_logp_A.float().cpu()
-    reward_A = token_rewards(batch, rl, kl_coefficient if reference is not None else 0.0)
-    batch.advantage_A, batch.return_A = algorithm.advantages(rl, reward_A, value, starts, bootstrap_B)
-    return batch
+        ref[rows] = old[rows] if frozen.reference is None else _reference(frozen.reference, ragged, action_A, rl)
+    in_reward = kl_coefficient if frozen.reference is not None and rl.kl_in == "reward" else 0.0
+    groups = torch.tensor([e.group for e in episodes], dtype=torch.int64)
+    reward_A = token_rewards(batch, rl, in_reward, score_scale)
+    found = credit(rl, Signal(reward_A, value, starts, bootstrap_B, groups, running))
+    batch.advantage_A, batch.return_A = found.advantage_A, found.return_A
+    if rl.baseline == "best":
+        batch = batch.select([e for e in range(len(episodes)) if bool((batch.advantage_A[batch.rows([e])] != 0).any())])
+    return batch, found.metrics
 
 
-def token_rewards(batch: Batch, rl: RL, kl_coefficient: float) -> Tensor:
-    """reward_A: the KL penalty at every action, the score at each episode's last one."""
+def _reference(reference: Decoder, ragged: Ragged, action_A: Tensor, rl: RL) -> Tensor:
+    hidden_AD = reference.hidden(ragged)[ragged.previous[action_A].to(reference.device)]
+    target_A = ragged.ids_N[action_A.to(ragged.ids_N.device)]
+    logp_A, _ = token_logprobs(hidden_AD, reference.output_weight, target_A, temperature=rl.temperature)
+    return logp_A.float().cpu()
+
+
+def token_rewards(batch: Batch, rl: RL, kl_coefficient: float, score_scale: float = 1.0) -> Tensor:
+    """reward_A: the KL penalty at every action, what a reward gave for single actions, the rest at the last one."""
     reward_A = torch.zeros_like(batch.old_logp_A)
     if kl_coefficient:
         reward_A -= kl_coefficient * (batch.old_logp_A - batch.ref_logp_A)
     for e, episode in enumerate(batch.episodes):
         assert episode.total is not None
+        first, last = int(batch.starts[e]), int(batch.starts[e + 1]) - 1
+        rest = episode.total
+        for action, score in episode.steps:
+            reward_A[first + action] += score / score_scale
+            rest -= score
         if episode.terminal or rl.limit == "score":
-            reward_A[int(batch.starts[e + 1]) - 1] += episode.total
+            reward_A[last] += rest / score_scale
     return reward_A
 
 
-def rollout_metrics(episodes: Sequence[Episode], batch: Batch) -> dict[str, float]:
-    """What a rollout was like; each mean is over what its name says: episodes, or action tokens."""
-    kept = batch.episodes
-    kl_A = batch.old_logp_A - batch.ref_logp_A
-    gap_A = (batch.behaviour_logp_A - batch.old_logp_A).abs()
-    totals = np.array([e.total for e in kept])
+def rollout_metrics(episodes: Sequence[Episode], batch: Batch, samples: int) -> dict[str, float]:
+    """What a rollout was like; each mean is over what its name says: episodes that were scored, or action tokens.
+
+    The token means are over the batch that is learned from; reward/equal_groups is the share of prompts whose scored
+    samples all got the same total, where there are several.
+    """
+    scored = [e for e in episodes if e.total is not None]
+    totals = np.array([e.total for e in scored])
     metrics = {
         "reward/mean": float(totals.mean()),
         "reward/std": float(totals.std()),
-        "reward/failed": (len(episodes) - len(kept)) / len(episodes),
-        "kl/reference_per_completion": float(kl_A.sum()) / len(kept),
-        "kl/reference_per_token": float(kl_A.mean()),
-        "policy/entropy": float(batch.entropy_A.mean()),
-        "policy/sampler_gap_mean": float(gap_A.mean()),
-        "policy/sampler_gap_max": float(gap_A.max()),
-        "length/mean": len(batch.old_logp_A) / len(kept),
-        "length/truncated": sum(not e.terminal for e in kept) / len(kept),
+        "reward/failed": (len(episodes) - len(scored)) / len(episodes),
+        "length/mean": sum(len(e.actions) for e in scored) / len(scored),
+        "length/truncated": sum(not e.terminal for e in scored) / len(scored),
+        "tokens/sampled": float(sum(len(e.actions) for e in episodes)),
+        "episodes/learned": float(len(batch.episodes)),
     }
-    for name in kept[0].rewards:
-        metrics[f"reward/{name}"] = float(np.mean([e.rewards[name] for e in kept]))
+    for name in scored[0].rewards:
+        metrics[f"reward/{name}"] = float(np.mean([e.rewards[name] for e in scored]))
+    if samples > 1:
+        groups: dict[int, set[float | None]] = {}
+        for e in scored:
+            groups.setdefault(e.group, set()).add(e.total)
+        metrics["reward/equal_groups"] = sum(len(totals) == 1 for totals in groups.values()) / len(groups)
+    if batch.episodes:
+        gap_A = (batch.behaviour_logp_A - batch.old_logp_A).abs()
+        metrics["policy/entropy"] = float(batch.entropy_A.mean())
+        metrics["policy/sampler_gap_mean"] = float(gap_A.mean())
+        metrics["policy/sampler_gap_max"] = float(gap_A.max())
     return metrics
+
+
+def reference_metrics(batch: Batch) -> dict[str, float]:
+    """The distance to the reference, by the k1 estimator; means over the episodes and tokens learned from."""
+    kl_A = batch.old_logp_A - batch.ref_logp_A
+    if not batch.episodes:
+        return {}
+    return {
+        "kl/reference_per_completion": float(kl_A.sum()) / len(batch.episodes),
+        "kl/reference_per_token": float(kl_A.mean()),
+    }

@@ -26,8 +26,8 @@ from upslope.training.update import optimizer_tensors, restore_optimizer
 class RunState:
     """Model, optimizer and counters of the stage that runs.
 
-    step counts optimizer steps, rollout finished rollouts; pending holds the tensors of a rollout in use, and extra
-    the small state of controllers (the KL coefficient, skipped steps), as JSON values.
+    step counts optimizer steps, rollout finished rollouts; pending holds the tensors of a rollout in use, companion is
+    a model that does not learn but is renewed now and then, and extra the small state of controllers, as JSON values.
     """
 
     stage: str
@@ -36,6 +36,7 @@ class RunState:
     step: int = 0
     rollout: int = 0
     pending: dict[str, Tensor] | None = None
+    companion: nn.Module | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  # spent in this stage before this start
     began: float = field(default_factory=time.monotonic)
@@ -49,6 +50,8 @@ class RunState:
         tensors = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors(self.model, self.optimizer)}
         if self.pending is not None:
             tensors["pending"] = self.pending
+        if self.companion is not None:
+            tensors["companion"] = dict(self.companion.state_dict())
         state = {
             "stage": self.stage,
             "step": self.step,
@@ -75,6 +78,8 @@ class RunState:
             run.terminal.note(f"damaged checkpoint left aside: {skipped}")
         self.model.load_state_dict(checkpoint.tensors("model"))
         restore_optimizer(self.model, self.optimizer, checkpoint.tensors("optimizer"))
+        if self.companion is not None:
+            self.companion.load_state_dict(checkpoint.tensors("companion"))
         state = checkpoint.state
         self.step, self.rollout, self.extra = state["step"], state["rollout"], state["extra"]
         self.seconds = state["seconds"]

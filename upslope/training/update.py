@@ -29,9 +29,10 @@ def stop_if(should_stop: Callable[[], bool]) -> None:
         raise StopAsked
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients; decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(model: nn.Module | Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
+    """AdamW over a model's (or the given) parameters that require gradients; decay on matrices only."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else model
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

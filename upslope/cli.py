@@ -181,22 +181,24 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except MemoryError:
-        if debug:
-            traceback.print_exc()
-        print("error: out of memory; lower optim.micro_tokens or rl.slots, what was saved stands", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        print(
-            f"error: {error.filename or 'the system'}: {error.strerror or error}; free space or mend its permissions",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line tells itself
-        if show is None:
+        told = _told(error)
+        if debug and told:
+            traceback.print_exc()
+        if show is None and told is None:
             raise
-        show()
+        if show is not None:
+            show()
+        else:
+            print(f"error: {told}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _told(error: Exception) -> str | None:
+    """What the system refused, in one line; None for an error that is our own fault."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+        return "out of memory; lower optim.micro_tokens or rl.slots, what was saved stands"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}; free space or mend its permissions"
+    return None

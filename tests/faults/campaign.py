@@ -1,9 +1,9 @@
-"""`make faults`: runs struck at random points, 200 of them unless told otherwise; the table goes to docs/reliability.md.
+"""`make faults`: 200 runs struck at random points, unless told otherwise; the table goes to docs/reliability.md.
 
     python -m tests.faults.campaign [TRIALS] [SEED]
 
-A trial strikes one to three starts of a run, each at a random event of a random phase by a random kind of fault, or by a
-SIGKILL after a random time, then lets it end in peace and compares it with an unbroken one. Every strike that took
+A trial strikes one to three starts of a run, each at a random event of a random phase by a random kind of fault, or by
+a SIGKILL after a random time, then lets it end in peace and compares it with an unbroken one. Every strike that took
 place is counted; one that came too late, after the end of its start, is not.
 """
 
@@ -89,9 +89,10 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     variants = ", ".join(f"{name} {count}" for name, count in by_variant.items())
     text = [
-        f"`make faults` ({trials} trials, seed {seed}; {where_and_when()}; {minutes:.0f} min): runs of {variants}, struck "
-        f"{sum(struck.values())} times in all, one to three times each. Trials that ended otherwise than an unbroken run, "
-        f"in a traceback, or later than allowed: **{len(failed)}**. Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",
+        f"`make faults` ({trials} trials, seed {seed}; {where_and_when()}; {minutes:.0f} min): runs of {variants}, "
+        f"struck {sum(struck.values())} times in all, one to three times each.",
+        f"Trials that ended otherwise than an unbroken run, in a traceback, or later than allowed: **{len(failed)}**.",
+        f"Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",
         "",
         *table(struck),
     ]

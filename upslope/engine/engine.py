@@ -30,6 +30,7 @@ class Runner(Protocol):
 
     def load(self, model: Decoder) -> None: ...
     def checksum(self) -> str: ...
+    def checksum_of(self, model: Decoder) -> str: ...
     def new_cache(self, slots: int, capacity: int) -> DecoderCache: ...
     def prefill(self, cache: DecoderCache, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor: ...
     def step(self, cache: DecoderCache, ids_S: Tensor) -> Tensor: ...
@@ -66,16 +67,14 @@ class Engine:
     def load(self, model: Decoder, version: int, mask: Decoder | None = None) -> None:
         """Take over a model's weights under a version number, and the mask's where there is a runner for it.
 
-        Raises RunError when a new version changed nothing.
+        Raises RunError where what the runner then holds is not what the model has.
         """
         self.runner.load(model)
         if mask is not None and len(self.runners) > 1:
             self.runners[1].load(mask)
         checksum = self.runner.checksum()
-        if version > self.version and version > 1 and checksum == self.checksum:
-            raise RunError(
-                f"weights of version {version} did not reach the engine", "the update changed nothing: raise optim.lr"
-            )
+        if checksum != self.runner.checksum_of(model):
+            raise RunError(f"weights of version {version} did not reach the engine", "this is a fault: report it")
         self.version, self.checksum = version, checksum
 
     @torch.no_grad()

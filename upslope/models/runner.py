@@ -18,6 +18,7 @@ from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig
 from upslope.models.ops import rotate
 from upslope.ragged import Ragged
 
+NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
 MIN_ROWS = 8  # a bf16 product of a single row falls into a slow path on CPUs
 
 
@@ -72,7 +73,7 @@ class Layer:
         }
         self.norms = {
             name: (module.weight.float().clone(), None if module.bias is None else module.bias.float().clone())
-            for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")
+            for name in NORMS
             if (module := getattr(block, name)) is not None
         }
 
@@ -106,15 +107,25 @@ class DecoderRunner:
         self.rope_table = None if rope is None else tuple(t.to(self.dtype) for t in rope)
 
     def checksum(self) -> str:
-        """A number that changes when any weight does: the exact sum of all bytes' words, as text."""
-        total = 0
-        weights = [self.embed, self.norm[0]]
+        """A number that changes when any weight does: the exact sums of their words, as text."""
+        weights = [[self.embed], [self.output_weight], [self.norm[0]]]
         for layer in self.layers:
-            weights += [layer.qkv, layer.gate_up, layer.o, layer.down, *(w for w, _ in layer.norms.values())]
-        for weight in weights:
-            words = weight.view(torch.int16 if weight.dtype == torch.bfloat16 else torch.int32)
-            total = (total * 31 + int(words.sum(dtype=torch.int64))) % (1 << 61)
-        return f"{total:016x}"
+            weights += [[layer.qkv], [layer.gate_up], [layer.o], [layer.down], [w for w, _ in layer.norms.values()]]
+        return _checksum(weights)
+
+    @torch.no_grad()
+    def checksum_of(self, model: Decoder) -> str:
+        """The checksum that this runner has when it holds the model's weights, read from the model alone."""
+        embed = model.embed.weight.to(self.dtype)
+        head = embed if model.head is None else model.head.weight.to(self.dtype)
+        weights: list[list[Tensor]] = [[embed], [head], [model.norm.weight.float()]]
+        for block in model.blocks:
+            for names in (("q", "k", "v"), ("gate", "up"), ("o",), ("down",)):
+                modules = [getattr(block, name) for name in names]
+                weights.append([module.weight.to(self.dtype) for module in modules if module is not None])
+            norms = [getattr(block, name) for name in NORMS]
+            weights.append([norm.weight.float() for norm in norms if norm is not None])
+        return _checksum(weights)
 
     def new_cache(self, slots: int, capacity: int) -> DecoderCache:
         """Room for `capacity` tokens in each of `slots`."""
@@ -231,3 +242,12 @@ def _copy_into(joined: Tensor, *weights: Tensor) -> None:
     for weight in weights:
         joined[start : start + len(weight)].copy_(weight)
         start += len(weight)
+
+
+def _checksum(groups: Sequence[Sequence[Tensor]]) -> str:
+    """The words of each group's tensors, summed exactly, in one number: how a group is cut into tensors is alike."""
+    total = 0
+    for weights in groups:
+        words = (w.view(torch.int16 if w.dtype == torch.bfloat16 else torch.int32) for w in weights)
+        total = (total * 31 + sum(int(w.sum(dtype=torch.int64)) for w in words)) % (1 << 61)
+    return f"{total:016x}"

@@ -21,6 +21,7 @@ from upslope.models.heads import RewardModel
 from upslope.ragged import Ragged
 from upslope.text.prepare import Pair
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.export import export_reward_model
 from upslope.training.run import Run, peak_memory_gb
@@ -39,6 +40,7 @@ def run_reward(
         for step in range(state.step, cfg.steps):
             batch = [train[i] for i in batch_indices(len(train), cfg.batch, step, run.recipe.seed, "reward")]
             metrics = reward_step(run, state, cfg, batch)
+            count_skipped(run, state, metrics, batch)
             state.step += 1
             run.record("step", stage="reward", step=state.step, metrics=metrics)
             run.progress("reward", state.step, cfg.steps, "update")

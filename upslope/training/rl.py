@@ -11,10 +11,11 @@ from upslope.algo import explained_variance
 from upslope.algo.random import permutation
 from upslope.config import RL
 from upslope.engine import Engine
-from upslope.errors import Interrupted, RunError
+from upslope.errors import Interrupted
 from upslope.models.heads import ActorCritic
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.alarms import count_skipped, watch
 from upslope.training.collect import collect
 from upslope.training.controllers import Controllers
 from upslope.training.episode import Episode
@@ -27,9 +28,6 @@ from upslope.training.scoring import Scorer
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.trust_region import trust_region_update
 from upslope.training.update import StopAsked, learning_rate, make_optimizer
-
-GAP_ALARM = 0.1  # nats, mean over tokens: sampler and trainer no longer hold the same policy
-RATIO_ALARM = 0.05  # mean |ratio - 1| on the first minibatch, where it is 1 but for rounding
 
 
 @dataclass
@@ -91,6 +89,7 @@ def next_rollout(
         controllers.kl.coefficient,
         running=controllers.returns or 0.0,
         score_scale=controllers.score_scale(rl),
+        should_stop=run.should_stop,
     )
     controllers.saw_return(metrics["advantage/return"])
     metrics |= rollout_metrics(episodes, batch, rl.samples)
@@ -100,9 +99,6 @@ def next_rollout(
         metrics["critic/explained_variance"] = explained_variance(batch.value_A, batch.return_A)
     metrics["time/rollout_s"] = collected - start
     metrics["time/prepare_s"] = time.perf_counter() - collected
-    if metrics.get("policy/sampler_gap_mean", 0.0) > GAP_ALARM:
-        message = f"sampler and trainer differ by {metrics['policy/sampler_gap_mean']:.3f} nats a token"
-        run.record("alarm", stage="rl", step=number, message=message)
     state.pending, state.extra["pending"] = batch_to_tensors(episodes, batch, metrics)
     state.extra |= {"minibatch": 0, "updates": [], "controllers": controllers.state()}
     return episodes, batch, metrics
@@ -129,16 +125,13 @@ def improve(
     while state.extra["minibatch"] < steps and batch.episodes:
         done = state.extra["minibatch"]
         metrics = one_update(run, rl, actors, state, controllers, batch, done)
-        if done == 0 and metrics.get("policy/ratio_gap", 0.0) > RATIO_ALARM:
-            gap = metrics["policy/ratio_gap"]
-            message = f"first minibatch: the ratio differs from 1 by {gap:.3f} on average"
-            run.record("alarm", stage="rl", step=state.rollout, message=message)
+        count_skipped(run, state, metrics, batch.episodes)
         state.extra["updates"].append(metrics)
         state.step += 1
         drifted = rl.trust.max_kl is not None and metrics.get("policy/approx_kl", 0.0) > rl.trust.max_kl
         state.extra["minibatch"] = steps if drifted else done + 1
         run.progress("rl", state.rollout + 0.3 + 0.7 * (done + 1) / steps, rl.steps, "update")
-    metrics = means_of_updates(state.extra.pop("updates"), state.rollout)
+    metrics = means_of_updates(state.extra.pop("updates"))
     return metrics | {"time/update_s": time.perf_counter() - start}
 
 
@@ -161,7 +154,7 @@ def one_update(
     return minibatch_step(run, rl, state, batch, members, lr, actors.frozen, prices)
 
 
-def means_of_updates(updates: Sequence[dict[str, float]], rollout: int) -> dict[str, float]:
+def means_of_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Each statistic's mean over the updates that have it, the first ratio gap, and the last KL(old, policy)."""
     updates = [u for u in updates if u]
     names = dict.fromkeys(name for u in updates for name in u)
@@ -173,11 +166,6 @@ def means_of_updates(updates: Sequence[dict[str, float]], rollout: int) -> dict[
     if updates and "policy/ratio_gap" in updates[0]:
         means["policy/first_ratio_gap"] = updates[0]["policy/ratio_gap"]
         means["policy/last_approx_kl"] = updates[-1]["policy/approx_kl"]
-    if updates and all(u["optim/skipped"] for u in updates):
-        raise RunError(
-            f"every optimizer step of rollout {rollout + 1} had a loss or gradient that is not finite",
-            "lower rl.optim.lr, and look at the rewards in episodes.jsonl",
-        )
     return means
 
 
@@ -222,6 +210,7 @@ def finish_rollout(
     seconds = metrics["time/rollout_s"] + metrics["time/prepare_s"] + metrics["time/update_s"]
     metrics["time/step_s"] = seconds
     run.record("step", stage="rl", step=state.rollout, metrics=metrics)
+    watch(run, rl, state, metrics)
     if batch.episodes and ((state.rollout - 1) % run.recipe.eval.samples_every == 0 or state.rollout == rl.steps):
         run.record("samples", stage="rl", step=state.rollout, samples=sample_records(batch, actors.tokenizer))
 

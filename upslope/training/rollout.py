@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from upslope.ragged import Ragged
 from upslope.training.algorithms import Signal, credit
 from upslope.training.batches import micro_batches
 from upslope.training.episode import Episode, action_starts, lay_out
+from upslope.training.update import never, stop_if
 
 
 @dataclass
@@ -73,6 +74,7 @@ def prepare(
     *,
     running: float = 0.0,
     score_scale: float = 1.0,
+    should_stop: Callable[[], bool] = never,
 ) -> tuple[Batch, dict[str, float]]:
     """Log-probabilities, values and KL of whole episodes, then rewards per token and advantages, with statistics.
 
@@ -81,6 +83,7 @@ def prepare(
     The KL is there where rl.kl_in says reward. What is paid at the end is paid to an episode that a limit cut too,
     unless rl.limit is "bootstrap": then the critic's value of the state after its last action stands in for it. Never
     both: with gamma 1 their sum has no fixed point. With baseline = best only the chosen episodes stay in the batch.
+    Raises StopAsked.
     """
     starts = action_starts(episodes)
     actions = int(starts[-1])
@@ -89,6 +92,7 @@ def prepare(
     behaviour = torch.tensor([p for e in episodes for p in e.logp])
     batch = Batch(episodes, starts, behaviour, old, entropy, value, ref, old, old)
     for part in micro_batches([len(e.ids) for e in episodes], 2 * rl.optim.micro_tokens, [e.group for e in episodes]):
+        stop_if(should_stop)
         members = [episodes[i] for i in part]
         ragged, action_A = lay_out(members)
         ragged = ragged.to(model.policy.device)

@@ -17,6 +17,7 @@ from upslope.models.decoder import Decoder
 from upslope.ragged import Ragged
 from upslope.text.prepare import Example
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.export import export_policy
 from upslope.training.run import Run, peak_memory_gb
@@ -46,6 +47,7 @@ def run_supervised(
         for step in range(state.step, cfg.steps):
             batch = [train[i] for i in batch_indices(len(train), cfg.batch, step, run.recipe.seed, stage)]
             metrics = supervised_step(run, state, cfg, batch)
+            count_skipped(run, state, metrics, batch)
             state.step += 1
             run.record("step", stage=stage, step=state.step, metrics=metrics)
             run.progress(stage, state.step, cfg.steps, "update")

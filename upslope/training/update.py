@@ -23,6 +23,11 @@ class StopAsked(Exception):
     """A stop was asked for inside a step; its gradients are dropped and nothing has changed."""
 
 
+def never() -> bool:
+    """No stop is asked for."""
+    return False
+
+
 def stop_if(should_stop: Callable[[], bool]) -> None:
     """Raise StopAsked where a stop was asked for: between the parts of anything that takes longer than a second."""
     if should_stop():

@@ -180,6 +180,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except MemoryError:
+        if debug:
+            traceback.print_exc()
+        print("error: out of memory; lower optim.micro_tokens or rl.slots, what was saved stands", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if debug:
             traceback.print_exc()

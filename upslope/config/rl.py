@@ -95,6 +95,7 @@ class RL(Table):
     # rewards
     limit: Literal["score", "bootstrap"] = "score"  # a completion cut by max_tokens: its score, or the critic's value
     timeout_s: Above0 = 30.0  # per call of a reward function
+    memory_gb: Above0 = 8.0  # of a reward function's process; beyond it, it fails and its process is replaced
     max_failures: Share = 0.2  # share of a rollout's rewards that may fail
     freeze_layers: Count = 0
     optim: Optim = Optim()

@@ -21,18 +21,27 @@ class FunctionReward:
     """`reward(prompts, completions, rows) -> scores` from "module:function", "file.py:function" or a callable.
 
     A chunk that fails is tried again after the others, so that only the rows to blame fail: in halves if it raised
-    (one bad row among n costs about 2 log n calls), row by row if it hung or killed its process, for that is dear.
+    (one bad row among n costs about 2 log n calls), row by row if it hung, filled its memory or killed its process, for
+    that is dear.
     After LOST_LIMIT hangs and deaths in one batch the rows still without a score fail untried.
+    Raises Interrupted when should_stop answers yes while it waits.
     A wrong number of scores, or a function that cannot be loaded, raises RewardError: no row is to blame.
     """
 
     def __init__(
-        self, source: str | Callable[..., Any], *, name: str, timeout_s: float = 30.0, chunk: int = CHUNK
+        self,
+        source: str | Callable[..., Any],
+        *,
+        name: str,
+        timeout_s: float = 30.0,
+        memory_gb: float = 8.0,
+        should_stop: Callable[[], bool] | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         self.name = name
         self.timeout_s = timeout_s
         self.chunk = chunk
-        self.worker = Worker(source, name)
+        self.worker = Worker(source, name, memory_gb=memory_gb, should_stop=should_stop)
         self.worker.start()
 
     def __call__(
@@ -47,6 +56,9 @@ class FunctionReward:
             try:
                 self._score(part, prompts, completions, rows, output)
             except WorkerFailed as error:
+                if error.again:
+                    todo.append(part)
+                    continue
                 lost += error.lost
                 if len(part) == 1:
                     output.failure_B[part[0]] = str(error)

@@ -1,7 +1,8 @@
-"""Worker processes with a time limit: what the user's code does there cannot stop, crash or corrupt the trainer."""
+"""Worker processes with limits of time and memory: what the user's code does there cannot harm the trainer."""
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -9,34 +10,49 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import IO, Any
 
 import cloudpickle
 
-from upslope.errors import RewardError
+from upslope.errors import Interrupted, RewardError
 from upslope.rewards.worker import HEADER, send_body
 
 START_LIMIT_S = 120.0  # loading the user's module: large libraries take their time
 SAID_LIMIT = 1 << 20  # bytes of what a worker prints that are kept for its last words
+ANSWER_LIMIT = 1 << 24  # bytes of one answer: more is no list of scores of one chunk
+GLANCE_S = 0.2  # between two looks at a stop that was asked for
 THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
 
 
-class WorkerFailed(Exception):
-    """A worker gave no scores of a chunk: the function raised, or `lost`: it hung or died. The text says which."""
+KINDS = ("ready", "broken", "scores", "raised", "full")
 
-    def __init__(self, what: str, *, lost: bool) -> None:
+
+class WorkerFailed(Exception):
+    """A worker gave no scores of a chunk: the function raised, or `lost`: it hung, died or filled its memory.
+
+    The text says which. again: what the calls before had left there may be to blame, and a new process may do it.
+    """
+
+    def __init__(self, what: str, *, lost: bool, again: bool = False) -> None:
         super().__init__(what)
         self.lost = lost
+        self.again = again
 
 
 class Worker:
     """One process that holds a loaded reward function."""
 
-    def __init__(self, source: Any, name: str) -> None:
+    def __init__(
+        self, source: Any, name: str, *, memory_gb: float, should_stop: Callable[[], bool] | None = None
+    ) -> None:
         self.source = source
         self.name = name
+        self.memory = int(memory_gb * 1e9)
+        self.should_stop = should_stop
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
+        self.calls = 0  # that this process has answered
 
     def start(self) -> None:
         """Start the process and load the function. Raises RewardError when it cannot be loaded."""
@@ -64,7 +80,10 @@ class Worker:
             )
 
     def ask(self, chunk: tuple[list[str], list[str], list[dict[str, Any]]], limit_s: float) -> list[Any]:
-        """The function's scores of a chunk. Raises WorkerFailed; after a hang or a death the process is a new one."""
+        """The function's scores of a chunk. Raises WorkerFailed; after a hang or a death the process is a new one.
+
+        It is a new one, too, after it has filled its memory.
+        """
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self.start()
@@ -75,8 +94,13 @@ class Worker:
         except BaseException:
             self.stop()  # an answer still to come would be taken for that of the next chunk
             raise
+        self.calls += 1
+        if kind == "full":
+            self.stop()
+            told = f"needs more than rl.memory_gb = {self.memory / 1e9:g}: {what}"
+            raise WorkerFailed(told, lost=True, again=self.calls > 1)
         if kind == "raised":
-            raise WorkerFailed(what, lost=False)
+            raise WorkerFailed(str(what), lost=False)
         return list(what)
 
     def stop(self) -> None:
@@ -103,7 +127,7 @@ class Worker:
         environment = {**os.environ, **{f"{name}_NUM_THREADS": "1" for name in THREADS}}
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)  # "" is the current folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "upslope.rewards.worker", str(to_child), str(from_child)],
+            [sys.executable, "-m", "upslope.rewards.worker", str(to_child), str(from_child), str(self.memory)],
             pass_fds=(to_child, from_child),
             stdin=subprocess.DEVNULL,
             stdout=self.said,
@@ -116,6 +140,7 @@ class Worker:
         self.requests: IO[bytes] = os.fdopen(requests, "wb")
         self.answers = answers
         self.buffer = b""
+        self.calls = 0
 
     def _send(self, body: bytes) -> None:
         try:
@@ -130,22 +155,40 @@ class Worker:
         while True:
             if len(self.buffer) >= HEADER.size:
                 (size,) = HEADER.unpack(self.buffer[: HEADER.size])
+                if size > ANSWER_LIMIT:
+                    self.stop()
+                    raise WorkerFailed("its answer was garbage", lost=True)
                 if len(self.buffer) >= HEADER.size + size:
                     body = self.buffer[HEADER.size : HEADER.size + size]
                     self.buffer = self.buffer[HEADER.size + size :]
-                    answer: tuple[str, Any] = cloudpickle.loads(body)
                     self._trim()
-                    return answer
+                    return self._understood(body)
+            if self.should_stop is not None and self.should_stop():
+                self.stop()
+                raise Interrupted(f"stopped while reward {self.name} was asked", "the same command carries on")
             left = end - time.monotonic()
             if left <= 0:
                 self.stop()
                 raise WorkerFailed(f"no answer within {limit_s:g} s", lost=True)
-            if poller.poll(1000 * min(left, 1.0) + 1):
+            if poller.poll(1000 * min(left, GLANCE_S) + 1):
                 part = os.read(self.answers, 1 << 20)
                 if not part:
                     raise self._gone()
                 self.buffer += part
             self._trim()
+
+    def _understood(self, body: bytes) -> tuple[str, Any]:
+        """An answer in its parts; the function may have written anything into the pipe."""
+        try:
+            kind, what = json.loads(body)
+            if kind not in KINDS or (kind == "scores") != isinstance(what, list):
+                raise ValueError(f"kind {kind!r}")
+            if kind == "scores" and not all(isinstance(score, float | str) for score in what):
+                raise ValueError("scores that are neither numbers nor words")
+        except (ValueError, TypeError, RecursionError):
+            self.stop()
+            raise WorkerFailed("its answer was garbage", lost=True) from None
+        return str(kind), what
 
     def _trim(self) -> None:
         """Forget what the worker printed beyond the limit: the file and its position are shared with it."""

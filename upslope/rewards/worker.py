@@ -1,14 +1,17 @@
 """One worker process: loads a reward function, then answers batches until its pipe closes.
 
-Started as `python -m upslope.rewards.worker IN OUT`, two inherited pipe numbers. Messages are a length and a
-cloudpickle. What the function prints goes to standard error, never into the pipe.
+Started as `python -m upslope.rewards.worker IN OUT BYTES`: two inherited pipe numbers and a memory limit. A message is
+a length and that many bytes: a cloudpickle on the way in, JSON on the way out, so that nothing a worker says can run in
+the trainer. What the function prints goes to standard error, never into the pipe.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
+import resource
 import select
 import signal
 import struct
@@ -26,8 +29,8 @@ HEADER = struct.Struct("<Q")
 GRACE_S = 0.5  # for an idle worker to leave by itself when its owner is gone
 
 
-def send(pipe: IO[bytes], message: Any) -> None:
-    send_body(pipe, cloudpickle.dumps(message))
+def send(pipe: IO[bytes], kind: str, what: Any) -> None:
+    send_body(pipe, json.dumps([kind, what]).encode())
 
 
 def send_body(pipe: IO[bytes], body: bytes) -> None:
@@ -89,24 +92,38 @@ def main() -> None:
     requests = os.fdopen(int(sys.argv[1]), "rb")
     answers = os.fdopen(int(sys.argv[2]), "wb")
     sys.stdout = sys.stderr
+    limit_memory(int(sys.argv[3]))
     threading.Thread(target=_end_with_owner, args=(requests.fileno(),), daemon=True).start()
     try:
         body = receive(requests)
         try:
             function = load_function(cloudpickle.loads(body))
         except BaseException as error:
-            send(answers, ("broken", last_line(error)))
+            send(answers, "broken", last_line(error))
             return
-        send(answers, ("ready", getattr(function, "__name__", "reward")))
+        send(answers, "ready", getattr(function, "__name__", "reward"))
         while True:
             body = receive(requests)
             try:
-                answer: tuple[str, Any] = ("scores", _plain(function(*cloudpickle.loads(body))))
+                kind: str = "scores"
+                what: Any = _plain(function(*cloudpickle.loads(body)))
             except BaseException as error:  # exit() too: it costs its rows, not a new process
-                answer = ("raised", last_line(error))
-            send(answers, answer)
+                what = last_line(error)
+                kind = "full" if isinstance(error, MemoryError) or "allocate memory" in what else "raised"
+            send(answers, kind, what)
     except (EOFError, BrokenPipeError):
         return
+
+
+def limit_memory(size: int) -> None:
+    """Let allocations beyond `size` bytes fail, in this process and in each that it starts, for good.
+
+    Private writable memory is what is counted (RLIMIT_DATA, Linux 4.7 and later): files that are mapped and address
+    space that is only reserved are not, so that large libraries load. Elsewhere the call changes nothing.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    size = size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def _end_with_owner(requests: int) -> None:
@@ -130,7 +147,7 @@ def _plain(scores: Any) -> list[float | str]:
 
 
 def _number(score: Any) -> float | str:
-    """A score as a float, or in words where it is no number."""
+    """A score as a float, or in words where it is no number (a nan or an infinity is one: it fails later)."""
     if not isinstance(score, str | bytes):
         try:
             return float(score.item() if hasattr(score, "item") else score)

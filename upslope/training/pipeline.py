@@ -11,7 +11,7 @@ import torch
 
 from upslope.config import POLICY_STAGES, Recipe, describe
 from upslope.engine import Engine
-from upslope.errors import DataError, ModelError, UpslopeError
+from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
 from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.hf import load_decoder
@@ -76,6 +76,12 @@ class Pipeline:
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
 
+    def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
+        """A function of the user's in its worker process, under the limits of [rl]."""
+        rl, stop = self.recipe.rl, self.run.should_stop
+        assert rl is not None
+        return FunctionSource(source, name, timeout_s=rl.timeout_s, memory_gb=rl.memory_gb, should_stop=stop)
+
     def scorer(self) -> Scorer:
         """The rewards of [rl], by weight."""
         rl = self.recipe.rl
@@ -84,14 +90,15 @@ class Pipeline:
         for name in rl.rewards:
             if self.given.reward is not None:
                 label = getattr(self.given.reward, "__name__", "reward")
-                sources.append(FunctionSource(self.given.reward, label, rl.timeout_s))
+                sources.append(self.function_source(self.given.reward, label))
             elif name == "stage:reward":
                 model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
                 model.trunk.compute_dtype = self.run.dtype
                 model.to(self.run.device).requires_grad_(False)
-                sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, rl.optim.micro_tokens))
+                budget, stop = rl.optim.micro_tokens, self.run.should_stop
+                sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, budget, stop))
             else:
-                sources.append(FunctionSource(name, source_name(name), rl.timeout_s))
+                sources.append(self.function_source(name, source_name(name)))
         return Scorer(sources, list(rl.rewards.values()), rl.max_failures)
 
 
@@ -132,6 +139,8 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
         if run.done(stage):
             run.terminal.stage(stage, "skipped")
             continue
+        if run.should_stop():  # asked for while the stage before closed itself
+            raise Interrupted(f"stopped before {stage}", "the same command carries on")
         run.terminal.stage(stage, "start")
         STAGE_RUNNERS[stage](pipeline)
         run.terminal.stage(stage, "end")
@@ -251,7 +260,7 @@ def _judges(p: Pipeline) -> Scorer:
     """The recipe's judges and, where its encoder is installed and rows have labels, the probe."""
     data, rl = p.recipe.data, p.recipe.rl
     assert rl is not None
-    sources: list[Source] = [FunctionSource(j, source_name(j), rl.timeout_s) for j in p.recipe.eval.judges]
+    sources: list[Source] = [p.function_source(judge, source_name(judge)) for judge in p.recipe.eval.judges]
     folder = probe_folder()
     if folder is not None and data.text and data.label and data.prefer:
         train, held_out = p.splits["train"], _held_out(p.splits)

@@ -8,7 +8,7 @@ a constant of the model from then on, so that one KL coefficient means the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.export import export_reward_model
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.state import RunState, freeze_lowest
-from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step
+from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
 
 
 def run_reward(
@@ -43,13 +43,13 @@ def run_reward(
             run.record("step", stage="reward", step=state.step, metrics=metrics)
             run.progress("reward", state.step, cfg.steps, "update")
             state.save_if_due(run)
+        held_out = valid[: cfg.eval_pairs]
+        right_B = pair_accuracy(model, held_out, cfg.optim.micro_tokens, run.should_stop)
+        seen = [ids for pair in train[: cfg.eval_pairs] for ids in (pair.chosen, pair.rejected)]
+        score_B = score_texts(model, seen, cfg.optim.micro_tokens, run.should_stop)
     except StopAsked:
         state.interrupt(run)
-    held_out = valid[: cfg.eval_pairs]
-    right_B = pair_accuracy(model, held_out, cfg.optim.micro_tokens)
     mean, low, high = interval(right_B, seed=run.recipe.seed)
-    seen = [ids for pair in train[: cfg.eval_pairs] for ids in (pair.chosen, pair.rejected)]
-    score_B = score_texts(model, seen, cfg.optim.micro_tokens)
     model.set_scale(mean=float(score_B.mean()), std=float(score_B.std()))
     metrics = {"valid/pair_accuracy": mean, "valid/pair_accuracy_low": low, "valid/pair_accuracy_high": high}
     run.record("eval", stage="reward", step=state.step, metrics=metrics)
@@ -87,18 +87,23 @@ def reward_step(run: Run, state: RunState, cfg: RewardConfig, batch: Sequence[Pa
 
 
 @torch.no_grad()
-def score_texts(model: RewardModel, texts: Sequence[Sequence[int]], micro_tokens: int) -> np.ndarray:
-    """The score of each token sequence, in the order given."""
+def score_texts(
+    model: RewardModel, texts: Sequence[Sequence[int]], micro_tokens: int, should_stop: Callable[[], bool]
+) -> np.ndarray:
+    """The score of each token sequence, in the order given. Raises StopAsked."""
     scores = np.zeros(len(texts), dtype=np.float64)
     for part in micro_batches([len(t) for t in texts], 2 * micro_tokens):
+        stop_if(should_stop)
         score_B = model.score(Ragged.of([texts[i] for i in part]).to(model.trunk.device))
         scores[part] = score_B.double().cpu().numpy()
     return scores
 
 
-def pair_accuracy(model: RewardModel, pairs: Sequence[Pair], micro_tokens: int) -> np.ndarray:
+def pair_accuracy(
+    model: RewardModel, pairs: Sequence[Pair], micro_tokens: int, should_stop: Callable[[], bool]
+) -> np.ndarray:
     """1 where the chosen text scores higher, 0 where lower, 0.5 where equal; one value per pair."""
     texts = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    scores = score_texts(model, texts, micro_tokens)
+    scores = score_texts(model, texts, micro_tokens, should_stop)
     gap = scores[: len(pairs)] - scores[len(pairs) :]
     return 0.5 * (np.sign(gap) + 1.0)

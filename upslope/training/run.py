@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ class Run:
         self.recipe = recipe
         self.folder = folder
         self.stop_requested = False
+        self.at_stake = False  # whether a stage holds what is not on the disk: a stop must then wait for a safe point
         _make_folder(folder)
         self.lock = RunLock(folder)
         try:
@@ -53,6 +55,9 @@ class Run:
 
     def _open(self, plain: bool | None) -> None:
         self._check_same_recipe()
+        for stage in self.recipe.stages:
+            if self.done(stage):  # a process killed while it closed the stage may have left them
+                shutil.rmtree(self.stage_folder(stage) / "checkpoints", ignore_errors=True)
         sizes = self._log_sizes()
         self.facts = self._machine_facts()
         self.log = EventLog(self.folder / "events.jsonl", keep_bytes=sizes["events"])
@@ -129,10 +134,10 @@ class Run:
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """First Ctrl-C or SIGTERM: finish at the next safe point, saved. Second: stop at once."""
+        """First Ctrl-C or SIGTERM: finish at the next safe point, saved. Second, or nothing at stake: stop at once."""
 
         def ask(number: int, _frame: FrameType | None) -> None:
-            if self.stop_requested:
+            if self.stop_requested or not self.at_stake:
                 raise KeyboardInterrupt
             self.stop_requested = True
             name = signal.Signals(number).name

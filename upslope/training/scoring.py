@@ -32,28 +32,41 @@ class LearnedSource:
     The model has only seen whole texts, so that a completion cut by a limit is scored with an EOS behind it.
     """
 
-    def __init__(self, name: str, model: RewardModel, eos_id: int, micro_tokens: int) -> None:
+    def __init__(
+        self, name: str, model: RewardModel, eos_id: int, micro_tokens: int, should_stop: Callable[[], bool]
+    ) -> None:
         self.name = name
         self.model = model
         self.eos_id = eos_id
         self.micro_tokens = micro_tokens
+        self.should_stop = should_stop
 
     def __call__(
         self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
     ) -> tuple[np.ndarray, Sequence[str | None]]:
         texts = [e.ids if e.ids[-1] == self.eos_id else [*e.ids, self.eos_id] for e in episodes]
-        return score_texts(self.model, texts, self.micro_tokens), [None] * len(texts)
+        return score_texts(self.model, texts, self.micro_tokens, self.should_stop), [None] * len(texts)
 
     def close(self) -> None:
         """Nothing to end: the model lives in this process."""
 
 
 class FunctionSource:
-    """A function of (prompts, completions, rows), run in worker processes with a time limit."""
+    """A function of (prompts, completions, rows), run in a worker process with limits of time and memory."""
 
-    def __init__(self, source: str | Callable[..., Any], name: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        source: str | Callable[..., Any],
+        name: str,
+        *,
+        timeout_s: float,
+        memory_gb: float,
+        should_stop: Callable[[], bool],
+    ) -> None:
         self.name = name
-        self.function = FunctionReward(source, name=name, timeout_s=timeout_s)
+        self.function = FunctionReward(
+            source, name=name, timeout_s=timeout_s, memory_gb=memory_gb, should_stop=should_stop
+        )
 
     def __call__(
         self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]

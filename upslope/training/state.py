@@ -72,6 +72,7 @@ class RunState:
         """Take up the newest good checkpoint of this stage, if there is one."""
         checkpoint: Checkpoint | None = load_checkpoint(_folder(run, self.stage))
         if checkpoint is None:
+            run.at_stake = True
             return False
         for skipped in checkpoint.skipped:
             run.terminal.note(f"damaged checkpoint left aside: {skipped}")
@@ -83,6 +84,7 @@ class RunState:
         self.step, self.rollout, self.extra = state["step"], state["rollout"], state["extra"]
         self.seconds = state["seconds"]
         self.pending = checkpoint.tensors("pending") if checkpoint.has("pending") else None
+        run.at_stake = True
         run.terminal.note(f"{self.stage}: carries on after optimizer step {self.step}")
         return True
 
@@ -98,6 +100,7 @@ class RunState:
         metrics = metrics | {"time/stage_s": self.elapsed()}
         run.record("stage", stage=self.stage, status="end", seconds=self.elapsed(), metrics=metrics)
         run.mark_done(self.stage, metrics)
+        run.at_stake = False
         shutil.rmtree(_folder(run, self.stage), ignore_errors=True)
         return metrics
 

@@ -21,7 +21,7 @@ from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.export import export_policy
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.state import RunState, freeze_lowest
-from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step
+from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
 
 
 def run_supervised(
@@ -40,9 +40,9 @@ def run_supervised(
     freeze_lowest(model, cfg.freeze_layers)
     state = RunState(stage, model, make_optimizer(model, cfg.optim))
     valid = valid[: cfg.eval_examples]
-    if not state.restore(run):
-        state.extra["before"] = evaluate(run, stage, 0, model, valid, cfg.optim.micro_tokens)
     try:
+        if not state.restore(run) or "before" not in state.extra:
+            state.extra["before"] = evaluate(run, stage, 0, model, valid, cfg.optim.micro_tokens)
         for step in range(state.step, cfg.steps):
             batch = [train[i] for i in batch_indices(len(train), cfg.batch, step, run.recipe.seed, stage)]
             metrics = supervised_step(run, state, cfg, batch)
@@ -50,9 +50,9 @@ def run_supervised(
             run.record("step", stage=stage, step=state.step, metrics=metrics)
             run.progress(stage, state.step, cfg.steps, "update")
             state.save_if_due(run)
+        after = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
     except StopAsked:
         state.interrupt(run)
-    after = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
     before = state.extra["before"]
     rows = [[name.removeprefix("valid/"), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
     note = f"{len(valid)} examples of unseen groups" if run.recipe.data.group else f"{len(valid)} unseen examples"
@@ -100,9 +100,10 @@ def example_logprobs(model: Decoder, examples: Sequence[Example]) -> Tensor:
 def evaluate(
     run: Run, stage: str, step: int, model: Decoder, examples: Sequence[Example], micro_tokens: int
 ) -> dict[str, float]:
-    """Mean negative log-likelihood per trained token of held-out examples, and its exponential."""
+    """Mean negative log-likelihood per trained token of held-out examples, and its exponential. Raises StopAsked."""
     total, count = 0.0, 0
     for part in micro_batches([len(e.ids) for e in examples], 2 * micro_tokens):
+        stop_if(run.should_stop)
         logp_A = example_logprobs(model, [examples[i] for i in part])
         total -= float(logp_A.double().sum())
         count += logp_A.numel()

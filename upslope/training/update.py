@@ -23,6 +23,12 @@ class StopAsked(Exception):
     """A stop was asked for inside a step; its gradients are dropped and nothing has changed."""
 
 
+def stop_if(should_stop: Callable[[], bool]) -> None:
+    """Raise StopAsked where a stop was asked for: between the parts of anything that takes longer than a second."""
+    if should_stop():
+        raise StopAsked
+
+
 def make_optimizer(model: nn.Module | Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
     """AdamW over a model's (or the given) parameters that require gradients; decay on matrices only."""
     parameters = model.parameters() if isinstance(model, nn.Module) else model

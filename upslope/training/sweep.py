@@ -140,7 +140,7 @@ def _run_grid(sweep: Sweep, axes: Sequence[Axis], planned: Sequence[Planned], se
     waiting = [one for one in planned if not finished(sweep.folder / one.name, one.recipe.model_dump(mode="json"))]
     sizes = " x ".join(f"{len(axis.texts)} values of {axis.key}" for axis in axes)
     before = f"; {len(planned) - len(waiting)} finished before" if len(waiting) < len(planned) else ""
-    sweep.terminal.note(f"{sizes} x {seeds} seeds = {len(planned)} runs, into {sweep.folder}{before}")
+    sweep.terminal.note(f"{sizes} x {_seeds(seeds)} = {len(planned)} runs, into {sweep.folder}{before}")
     for line in describe(planned[0].recipe):
         sweep.terminal.note(f"each {line}")
     sweep.record |= {"axes": {axis.key: list(axis.texts) for axis in axes}, "seeds": seeds, "search": None}
@@ -167,7 +167,7 @@ def _run_search(
     kept = sweep.record.get("search") or {}
     if kept and kept["axes"] != spaces:
         raise RunError(f"{sweep.folder} holds a search over other values", "choose another folder with -o")
-    sweep.terminal.note(f"search: {trials} trials x {seeds} seeds = {trials * seeds} runs, into {sweep.folder}")
+    sweep.terminal.note(f"search: {trials} trials x {_seeds(seeds)} = {trials * seeds} runs, into {sweep.folder}")
     sweep.terminal.note(f"tuned {data_of(metric)}; the test side stays closed until the table at the end")
     found: list[dict[str, Any]] = kept.get("trials", [])
     sweep.record["search"] = {
@@ -261,6 +261,10 @@ def _compare(sweep: Sweep) -> None:
         found, out = compare([sweep.folder])
         show(found)
         sweep.terminal.note(f"comparison: {out / 'compare.png'}, compare.md, compare.json")
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def _more(failed: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from upslope.config import load_recipe
 from upslope.errors import Interrupted, RecipeError, RunError
 from upslope.observe.events import EventLog, read_events
 from upslope.training import search as search_module
+from upslope.training import sweep as sweep_module
 from upslope.training.axes import as_toml, axis_of, combinations, parse_axis, plan, run_name, split_values
 from upslope.training.process import Process
 from upslope.training.search import choose_metric, direction_of, propose
@@ -60,6 +61,7 @@ def pretend(monkeypatch, reward_of=lambda recipe: 1.0, fails=lambda recipe: ""):
         return ""
 
     monkeypatch.setattr(Process, "run", run)
+    monkeypatch.setattr(sweep_module, "begin_from", lambda others, folder, table: "")
     return started
 
 

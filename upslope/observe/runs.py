@@ -95,7 +95,7 @@ def find_runs(folder: Path) -> list[RunFacts]:
     if (folder / "recipe.json").is_file():
         return [read_run(folder)]
     index = read_json(folder / "sweep.json")["runs"] if (folder / "sweep.json").is_file() else {}
-    held = [path.parent for path in folder.glob("*/recipe.json")] if folder.is_dir() else []
+    held = [path.parent for path in folder.glob("[!.]*/recipe.json")] if folder.is_dir() else []
     places = {name: n for n, name in enumerate(index)}
     held.sort(key=lambda path: (places.get(path.name, len(places)), path.name))
     if not held and not index:

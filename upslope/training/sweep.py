@@ -7,7 +7,8 @@ OUT/sweep.json           what is swept, how each run ended, and the trials of a 
 OUT/compare.*            the comparison (observe/compare.py), written at the end
 
 All recipes are read before anything runs. The same call carries on: finished runs are skipped, half-done ones resumed,
-failed ones tried again. A search looks at metrics of the training or the validation side only.
+failed ones tried again. Stages before the one that a key is of are run once a seed (share.py). A search goes by
+metrics of the training or the validation side only.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from upslope.observe.terminal import Terminal
 from upslope.training.axes import Axis, Planned, combinations, plan
 from upslope.training.process import Process
 from upslope.training.search import choose_metric, data_of, direction_of, load_optuna, propose
+from upslope.training.share import begin_from
 
 
 @dataclass
@@ -68,6 +70,9 @@ class Sweep:
             return True
         self.terminal.note(f"\nrun {number}: {planned.name}", style="bold")
         if not self.process.stop_requests:
+            others = [self.folder / name for name in self.record["runs"] if name != planned.name]
+            if shared := begin_from(others, folder, table):
+                self.terminal.note(shared)
             reason = self.process.run(table, folder, self.reward, self.rows)
         if self.process.stop_requests:
             self.note(planned.name, "stopped")
@@ -257,7 +262,7 @@ def _opened(folder: Path) -> dict[str, Any]:
 
 
 def _compare(sweep: Sweep) -> None:
-    if any(sweep.folder.glob("*/recipe.json")):
+    if any(sweep.folder.glob("[!.]*/recipe.json")):
         found, out = compare([sweep.folder])
         show(found)
         sweep.terminal.note(f"comparison: {out / 'compare.png'}, compare.md, compare.json")

@@ -19,7 +19,7 @@ def test_help_is_instant():
         done = upslope("--help")
         seconds.append(time.perf_counter() - begin)
     assert done.returncode == 0 and min(seconds) < 1.0  # 0.2 s alone; the suite's other worker shares the machine
-    for command in ("train", "eval", "generate", "chat", "export", "report", "recipes"):
+    for command in ("train", "sweep", "compare", "eval", "generate", "chat", "export", "report", "recipes"):
         assert command in done.stdout
     imported = (
         "import sys; import upslope.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
@@ -35,6 +35,9 @@ def test_help_is_instant():
         (("report", "nowhere"), "is not a run folder"),
         (("generate", "no/such/model", "hi"), "no such file or folder"),
         (("eval", "nowhere"), "has no finished rl stage"),
+        (("sweep", "sentiment-ppo", "rl.lamda=0.9,1"), "unknown key 'rl.lamda'; did you mean 'lam'?"),
+        (("sweep", "sentiment-ppo", "rl.lam=0.9,1", "--metric", "x"), "add --search 20"),
+        (("compare", "nowhere"), "holds no run and no sweep"),
     ],
 )
 def test_errors_are_one_line_and_status_2(arguments, message):

@@ -1,9 +1,10 @@
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from upslope.config import Recipe, describe, find_recipe, load_recipe, shipped_recipes
+from upslope.config import PRESETS, RL, Recipe, describe, find_recipe, load_recipe, shipped_recipes
 from upslope.errors import RecipeError
 
 BASE = {"model": "m", "data": {"rows": "r", "text": "t", "prompt_words": [3, 5]}, "rl": {"reward": "a:b"}}
@@ -101,3 +102,75 @@ def test_reading_a_recipe_needs_no_torch():
     code = "import sys; from upslope.config import load_recipe as r; r('sentiment-ppo'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+GROUPED = ["rl.algorithm=grpo"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*GROUPED, "rl.samples=1"], "compares the samples of a prompt and there is one (samples = 1)"),
+        (["rl.algorithm=rloo", "rl.samples=1"], "set samples to 2 or more"),
+        (
+            ["rl.top_p=0.9"],
+            "top_p = 0.9 samples from a cut distribution that the ratio would not know; set mask_every = 1",
+        ),
+        (["rl.top_k=5"], "top_k = 5 samples from a cut distribution"),
+        (["rl.mask_every=3"], "mask_every = 3 and nothing is cut"),
+        (["rl.critic=none"], "credit = gae asks a critic and critic = none; set critic = shared"),
+        ([*GROUPED, "rl.critic=shared"], "critic = shared would be trained and never asked; set critic = none"),
+        (["rl.algorithm=reinforce", "rl.baseline=critic", "rl.critic=none"], "baseline = critic asks a critic"),
+        ([*GROUPED, "rl.limit=bootstrap", "rl.critic=none"], "limit = bootstrap asks a critic"),
+        (["rl.kl_in=loss", "rl.kl_estimator=k1"], "k1 in the loss has a gradient of mean 0 and holds nothing"),
+        (["rl.kl_estimator=k3"], "kl_estimator = k3 in the reward leads to another point"),
+        (["rl.clip_high=0"], "rl.clip_high = 0; input should be greater than 0"),
+        (["rl.clip_low=1.5"], "clip_low = 1.5 bounds a ratio below 0"),
+        (["rl.lam=-0.1"], "rl.lam = -0.1; input should be greater than or equal to 0"),
+        (["rl.algorithm=reinforce", "rl.lam=0.9"], "lam = 0.9 has no effect with credit = to_go; remove it"),
+        (["rl.algorithm=reinforce", "rl.epochs=2"], "2 optimizer steps a rollout leave them behind; set epochs = 1"),
+        (["rl.algorithm=trpo", "rl.critic=shared"], "the critic's steps would move the policy past its bound"),
+        (["rl.algorithm=trpo", "rl.loss=clip"], "improves loss = surrogate, not clip"),
+        (["rl.update=trust_region", "rl.loss=surrogate", "rl.critic=detached"], "has no bound; set trust.max_kl"),
+        (["rl.loss=surrogate"], "unbounded over several steps; set trust.penalty or trust.max_kl"),
+        (["rl.trust.target=0.1"], "trust.target leads a penalty that is 0"),
+        (["rl.algorithm=gkd", "rl.reward='a:b'"], "gkd has no teacher"),
+        (["rl.teacher=x"], "teacher has no place in ppo"),
+        ([*GROUPED, "rl.gamma=0.9"], "gamma = 0.9 discounts nothing where an episode is one action"),
+        (["rl.baseline=group"], "credit = gae reads a critic's values, not baseline = group"),
+        (["rl.scale=group"], "scale = group"),
+        (["rl.resample=2"], "resample = 2 looks for groups and samples = 1"),
+        ([*GROUPED, "rl.baseline=best"], "scale = group needs a group's baseline, not best"),
+        ([*GROUPED, "rl.baseline=best", "rl.scale=none"], "baseline = best learns by likelihood"),
+        (["rl.kl=0", "rl.kl_target=1"], "kl_target adapts a coefficient that is 0"),
+        (["rl.importance_cap=3"], "importance_cap = 3.0 has no effect with importance = none"),
+        (["rl.algorithm=pppo"], "rl.algorithm = 'pppo'"),
+        (["expert.keep=5"], "keep = 5 of 4 samples"),
+        (["preference.margin=1.0"], "margin = 1 has no place in dpo; it is simpo's"),
+        (["preference.steps=5"], "[preference] needs pairs"),
+    ],
+)
+def test_combinations_that_cannot_be_right_are_refused_with_the_remedy(overrides, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(BASE, overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_row_of_the_table_of_algorithms_is_a_recipe_that_reads_back(name):
+    own = {"teacher": "t"} if name == "gkd" else {"reward": "a:b"}
+    recipe = load_recipe(BASE | {"rl": {"algorithm": name, **own}})
+    assert load_recipe(recipe.model_dump(mode="json")) == recipe
+    for key, value in PRESETS[name].items():
+        found = getattr(recipe.rl, key)
+        assert found == value or all(getattr(found, k) == v for k, v in value.items()), key
+
+
+def test_the_names_of_algorithms_are_the_rows_of_the_table():
+    assert set(get_args(RL.model_fields["algorithm"].annotation)) == set(PRESETS)
+
+
+def test_what_a_recipe_says_stands_above_the_algorithms_row():
+    rl = load_recipe(BASE, ["rl.algorithm=trpo", "rl.trust.damping=0.3", "rl.lam=0.5"]).rl
+    assert rl.trust.damping == 0.3 and rl.trust.max_kl == 0.01 and rl.lam == 0.5
+    assert load_recipe(BASE, ["rl.algorithm=reinforce", "rl.baseline=critic"]).rl.critic == "shared"

@@ -16,10 +16,14 @@ from upslope.errors import ModelError
 from upslope.models.decoder import Decoder
 from upslope.models.hf import load_decoder, save_decoder
 from upslope.models.runner import DecoderRunner
+from upslope.observe.compare import as_json
+from upslope.observe.compare import compare as compare_folders
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.axes import axis_of
 from upslope.training.pipeline import Given, run_pipeline
 from upslope.training.run import fast_dtype
+from upslope.training.sweep import run_sweep
 
 
 def train(
@@ -41,6 +45,49 @@ def train(
     resolved = load_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / resolved.name
     return run_pipeline(resolved, folder, given=Given(reward, rows), plain=plain)
+
+
+def sweep(
+    recipe: str | Path | Mapping[str, Any],
+    values: Mapping[str, Sequence[Any] | str],
+    *overrides: str,
+    seeds: int | None = None,
+    search: int | None = None,
+    metric: str | None = None,
+    out: str | Path | None = None,
+    reward: Callable[..., Any] | None = None,
+    rows: Any = None,
+    plain: bool | None = None,
+) -> Path:
+    """Run a recipe with every combination of values and several seeds, compare them; returns the sweep's folder.
+
+    values: {"rl.lam": [0.9, 0.95, 1.0]}; with search = a number of trials also ranges, {"optim.lr": "log:1e-6..1e-4"};
+    seeds: 3 for a grid and 1 for a search unless given; metric: what a search goes by, measured on training prompts or
+    the validation side (default: reward/mean over the last quarter of rollouts), never on the test side. The rest is as
+    in train. Every run is a process of its own. Raises UpslopeError; RunError at the end where a run failed.
+    """
+    if reward is not None:
+        overrides = (*overrides, f"rl.reward={json.dumps(_name_of(reward))}")
+    return run_sweep(
+        recipe,
+        [axis_of(key, listed) for key, listed in values.items()],
+        overrides,
+        seeds=seeds if seeds is not None else (3 if search is None else 1),
+        search=search,
+        metric=metric,
+        out=Path(out) if out is not None else None,
+        reward=reward,
+        rows=rows,
+        plain=plain,
+    )
+
+
+def compare(*runs: str | Path, out: str | Path | None = None) -> dict[str, Any]:
+    """Put runs and sweeps side by side, into compare.md, .json, .png and .svg of a folder; returns what the JSON holds.
+
+    out: by default the one folder itself, or runs/compare. Raises UpslopeError.
+    """
+    return as_json(compare_folders([Path(run) for run in runs], Path(out) if out is not None else None)[0])
 
 
 @dataclass

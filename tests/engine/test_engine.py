@@ -5,6 +5,7 @@ from tests.conftest import tiny_decoder
 from upslope.algo.random import uniform
 from upslope.engine import Engine, Request, Sampling
 from upslope.errors import DataError, Interrupted, RecipeError, RunError
+from upslope.models.heads import ActorCritic, Cut
 from upslope.models.runner import DecoderRunner
 from upslope.ragged import Ragged
 
@@ -144,3 +145,23 @@ def test_c50_the_checksum_of_a_model_is_that_of_its_runner(dtype, shape):
         with torch.no_grad():
             parameter.view(-1)[3] += 0.5
         assert runner.checksum_of(model) != before, name
+
+
+def test_c18_a_mask_of_another_model_cuts_what_is_sampled_and_what_is_reported():
+    """NLPO: the policy samples among the tokens that the mask finds likely, and says their renormalised log-probs."""
+    model, mask = tiny_decoder(scale=4.0), tiny_decoder(3, scale=4.0)
+    engine = engine_of(model, slots=3, mask_runner=DecoderRunner(mask, dtype=torch.float32))
+    engine.load(model, version=2 - 1, mask=mask)
+    sampling = Sampling(max_tokens=6, top_p=0.7)
+    requests = [Request(p, key=k, samples=2, sampling=sampling) for k, p in enumerate(PROMPTS)]
+    critic = ActorCritic(model, "none")
+    cut_off = 0
+    for c in engine.generate(requests, step=1):
+        ids = [*PROMPTS[c.request], *c.ids]
+        actions = torch.arange(len(ids) - len(c.ids), len(ids))
+        with torch.no_grad():
+            scores = critic.evaluate(Ragged.of([ids]), actions, cut=Cut(mask, 0, 0.7))
+            full = critic.evaluate(Ragged.of([ids]), actions)
+        assert c.logp == pytest.approx(scores.logp_A.tolist(), abs=1e-5)
+        cut_off += int((scores.logp_A > full.logp_A + 1e-3).sum())
+    assert cut_off > 10

@@ -122,7 +122,7 @@ class Harness:
         return self.references[variant]
 
     def trial(self, variant: str, folder: Path, strikes: list[Strike], minutes: float = 0.0) -> list[str]:
-        """Strike one start after another, then start once more in peace. Returns all that is not as it should be."""
+        """Strike one start after another, then start once more in peace. Returns what is not as it should be."""
         expected, _, _ = self.reference(variant)
         wrong = []
         self.last_starts = [(strike, self.start(variant, folder, strike, minutes)) for strike in strikes]

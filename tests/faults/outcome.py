@@ -25,7 +25,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """name -> what must be equal: weight files, the closing states, events, episodes, and which files there are."""
+    """name -> what must be equal: weight files, closing states, events, episodes, and which files there are."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))

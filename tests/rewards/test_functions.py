@@ -108,3 +108,25 @@ def test_metrics_by_hand():
     assert distinct_words([], ["a a b"], []) == [pytest.approx(2 / 3)]
     assert distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
     assert distinct_n([], 1) == 0.0
+
+
+def stepwise(prompts, completions, rows):
+    return {
+        "good": [[(3, 1.0), (5, -0.5)]],
+        "empty": [[]],
+        "nan": [[(3, float("nan"))]],
+        "zero": [[(0, 1.0)]],
+        "text": [[("x", 1.0)]],
+    }[completions[0]]
+
+
+def test_a_score_may_be_a_list_of_steps():
+    reward = FunctionReward(stepwise, name="stepwise")
+    try:
+        output = reward(["p"], ["good"], [{}])
+        assert output.score_B.tolist() == [0.5] and output.step_B == {0: [(3, 1.0), (5, -0.5)]}
+        for bad in ("empty", "nan", "zero", "text"):
+            output = reward(["p"], [bad], [{}])
+            assert np.isnan(output.score_B).all() and output.failure_B[0] and not output.step_B, bad
+    finally:
+        reward.close()

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -5,6 +6,7 @@ from tests.conftest import tiny_decoder
 from upslope.config import load_recipe
 from upslope.errors import RewardError
 from upslope.models.heads import ActorCritic
+from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode, lay_out
 from upslope.training.objective import Prices, minibatch_step
 from upslope.training.rl import minibatch_members
@@ -138,11 +140,12 @@ def test_c37_every_episode_exactly_once_an_epoch_even_when_some_failed():
 class Fixed:
     name = "fixed"
 
-    def __init__(self, scores):
+    def __init__(self, scores, steps=None):
         self.scores = scores
+        self.steps = steps or {}
 
     def __call__(self, episodes, rows):
-        return self.scores, [None if s == s else "broke" for s in self.scores]
+        return RewardOutput(np.array(self.scores), [None if s == s else "broke" for s in self.scores], self.steps)
 
 
 def test_c54_a_failed_reward_is_no_zero_and_too_many_stop_the_run():
@@ -153,3 +156,16 @@ def test_c54_a_failed_reward_is_no_zero_and_too_many_stop_the_run():
     episodes = [episode([1], [2], group=g) for g in range(4)]
     with pytest.raises(RewardError, match=r"1 of 4 rewards failed, the first with fixed: broke; .*now 0.2"):
         Scorer([Fixed([1.0, float("nan"), 3.0, 4.0])], [1.0], 0.2).score(episodes, [{}] * 4)
+
+
+def test_steps_of_a_reward_stand_at_the_actions_that_finish_them():
+    talk = episode([3], [11, 12, 13, 14], group=0, total=None)
+    pieces = lambda ids: ["ab" for _ in ids]
+    steps = {0: [(1, 0.5), (2, 0.25), (3, 1.0), (99, 2.0)]}
+    Scorer([Fixed([3.75], steps), Fixed([1.0])], [2.0, 1.0], 0.0, pieces).score([talk], [{}])
+    assert talk.steps == [(0, 1.0), (0, 0.5), (1, 2.0), (3, 4.0)] and talk.total == 8.5
+    rl = rl_of(gamma=0.5, lam=1.0, scale="none", reward_norm="running")
+    batch, _ = prepare([talk], model_of(), Frozen(), rl, 0.0, score_scale=2.0)
+    reward = [1.5 / 2, 2.0 / 2, 0.0, (4.0 + 1.0) / 2]
+    expected = [sum(r * 0.5**k for k, r in enumerate(reward[t:])) for t in range(4)]
+    assert batch.return_A.tolist() == pytest.approx(expected, abs=1e-5)

@@ -2,7 +2,7 @@
 
     {"kind": "step", "stage": "rl", "step": 12, "metrics": {"reward/mean": 0.4, ...}}
 
-Kinds: run, stage, step, eval, samples, alarm, account, table, prompts, episode.
+Kinds: run, stage, step, eval, samples, alarm, account, table, prompts, episode, checkpoint (its seconds and bytes).
 """
 
 from __future__ import annotations

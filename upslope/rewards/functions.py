@@ -25,6 +25,7 @@ class FunctionReward:
     for that is dear.
     After LOST_LIMIT hangs and deaths in one batch the rows still without a score fail untried.
     Raises Interrupted when should_stop answers yes while it waits.
+    A score is a number, or a list of steps (end, number): what was earned when `end` characters had been written.
     A wrong number of scores, or a function that cannot be loaded, raises RewardError: no row is to blame.
     """
 
@@ -91,7 +92,14 @@ class FunctionReward:
                 "return one number for each completion, in their order",
             )
         for i, score in zip(part, scores, strict=True):
-            if isinstance(score, str):
+            if isinstance(score, list):
+                steps = [(end, value) for end, value in score if math.isfinite(end) and math.isfinite(value)]
+                if len(steps) < len(score) or any(end < 1 or end != int(end) for end, _ in steps):
+                    output.failure_B[i] = f"returned steps {score!r:.80}, not (characters from 1 on, number)"
+                    continue
+                output.step_B[i] = [(int(end), value) for end, value in steps]
+                output.score_B[i] = sum(value for _, value in steps)
+            elif isinstance(score, str):
                 output.failure_B[i] = f"returned {score}, not a number"
             elif not math.isfinite(score):
                 output.failure_B[i] = f"returned {score}"

@@ -1,4 +1,4 @@
-"""Worker processes with limits of time and memory: the user's code there cannot stop, crash or corrupt the trainer."""
+"""Worker processes with limits of time and memory: what the user's code does there cannot harm the trainer."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ class Worker:
             kind, what = json.loads(body)
             if kind not in KINDS or (kind == "scores") != isinstance(what, list):
                 raise ValueError(f"kind {kind!r}")
-            if kind == "scores" and not all(isinstance(score, float | str) for score in what):
-                raise ValueError("scores that are neither numbers nor words")
+            if kind == "scores" and not all(isinstance(score, float | str) or _is_steps(score) for score in what):
+                raise ValueError("scores that are neither numbers, steps nor words")
         except (ValueError, TypeError, RecursionError):
             self.stop()
             raise WorkerFailed("its answer was garbage", lost=True) from None
@@ -209,3 +209,9 @@ class Worker:
         self.stop()
         words = f", last words: {lines[-1][:200]}" if lines else ""
         return WorkerFailed(f"its process ended with {how}{words}", lost=True)
+
+
+def _is_steps(score: Any) -> bool:
+    return isinstance(score, list) and all(
+        isinstance(step, list) and len(step) == 2 and all(isinstance(x, float) for x in step) for step in score
+    )

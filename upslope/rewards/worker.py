@@ -102,11 +102,11 @@ def main() -> None:
             send(answers, "broken", last_line(error))
             return
         send(answers, "ready", getattr(function, "__name__", "reward"))
-        what: Any
         while True:
             body = receive(requests)
             try:
-                kind, what = "scores", _plain(function(*cloudpickle.loads(body)))
+                kind: str = "scores"
+                what: Any = _plain(function(*cloudpickle.loads(body)))
             except BaseException as error:  # exit() too: it costs its rows, not a new process
                 said = last_line(error)
                 full = isinstance(error, MemoryError) or "allocate memory" in said
@@ -138,13 +138,24 @@ def _end_with_owner(requests: int) -> None:
     os._exit(1)
 
 
-def _plain(scores: Any) -> list[float | str]:
+def _plain(scores: Any) -> list[Any]:
     """Scores in plain Python: tensors, arrays and the user's own types stay in this process."""
     if hasattr(scores, "tolist"):
         scores = scores.tolist()
     if not isinstance(scores, list | tuple):
         raise TypeError(f"a reward must return a list of scores, got {type(scores).__name__}")
-    return [_number(score) for score in scores]
+    return [_steps(score) if _is_steps(score) else _number(score) for score in scores]
+
+
+def _is_steps(score: Any) -> bool:
+    """Whether a score is a list of (end, score) steps."""
+    return isinstance(score, list | tuple) and all(isinstance(step, list | tuple) and len(step) == 2 for step in score)
+
+
+def _steps(score: Any) -> list[list[float]] | str:
+    steps = [[_number(end), _number(value)] for end, value in score]
+    good = [step for step in steps if isinstance(step[0], float) and isinstance(step[1], float)]
+    return good if len(good) == len(steps) and steps else f"{score!r:.80}"  # type: ignore[return-value]
 
 
 def _number(score: Any) -> float | str:

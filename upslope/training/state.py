@@ -60,8 +60,11 @@ class RunState:
             "seconds": self.elapsed(),
             "logs": run.log_sizes(),
         }
+        start = time.monotonic()
         path = save_checkpoint(_folder(run, self.stage), self.step, tensors=tensors, state=state, keep=2)
         self.saved_at = time.monotonic()
+        size = sum(file.stat().st_size for file in path.iterdir())
+        run.record("checkpoint", stage=self.stage, step=self.step, seconds=self.saved_at - start, bytes=size)
         return path
 
     def save_if_due(self, run: Run) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check faults soak fuzz large setup clean
 
 demo: setup
 	$(BIN)/upslope train sentiment-ppo
@@ -17,6 +17,20 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What takes long; each writes its section of docs/reliability.md.
+faults: setup  # 200 runs struck at random points
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign
+
+soak: setup  # an hour of training: memory and step time must stay
+	$(BIN)/python -m tests.faults.soak
+
+fuzz: setup  # ten minutes of malformed input for every reader
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m tests.faults.fuzz
+
+large: setup  # a gigabyte of rows
+	$(BIN)/python -m tests.faults.large
 
 setup: $(STAMP)
 

@@ -6,7 +6,7 @@ Every function returns (what was made, Account) and raises DataError, naming the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,7 @@ def clean(
             account.drop("without text", i)
         elif text and not min_chars <= len(value) <= max_chars:
             account.drop(f"outside {min_chars} to {max_chars} characters", i)
-        elif text and dedupe and (key := _folded(value)) in seen:
+        elif text and dedupe and (key := _digest(_folded(value))) in seen:
             account.drop("repeated", i)
         else:
             if text and dedupe:
@@ -118,13 +118,14 @@ def split(
     Where a group goes depends on (seed, group) alone: more rows never move it. Raises DataError for an empty side.
     """
     sides: dict[str, list[int]] = {name: [] for name in fractions}
-    groups: dict[str, set[str]] = {name: set() for name in fractions}
+    groups: dict[str, set[bytes]] = {name: set() for name in fractions}
+    keys: Iterable[Any]
     if group:
         keys = rows[group]
     elif same:
-        keys = [_folded(str(value)) for value in rows[same]]
+        keys = (_folded(str(value)) for value in rows[same])
     else:
-        keys = [_folded(str(sorted(row.items(), key=str))) for row in rows]
+        keys = (_folded(str(sorted(row.items(), key=str))) for row in rows)
     for i, key in enumerate(keys):
         place, bound = _place(seed, str(key)), 0.0
         side = next(reversed(list(fractions)))
@@ -134,11 +135,11 @@ def split(
                 side = name
                 break
         sides[side].append(i)
-        groups[side].add(str(key))
+        groups[side].add(_digest(str(key)))
     for name, fraction in fractions.items():
         if fraction > 0 and not sides[name]:
             raise DataError(
-                f"the {name} side of the split is empty: {len(set(map(str, keys)))} groups in all", "add rows"
+                f"the {name} side of the split is empty: {sum(map(len, groups.values()))} groups in all", "add rows"
             )
     told = ", ".join(f"{n} {len(r)}" + (f" ({len(groups[n])} groups)" if group else "") for n, r in sides.items())
     account = Account(len(rows), extra=f"; {told}").close(len(rows))
@@ -296,6 +297,11 @@ def _is_chat(turns: Any) -> bool:
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
     )
+
+
+def _digest(text: str) -> bytes:
+    """What stands for a text in a set of many: 16 bytes, however long it is."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _folded(text: str) -> str:

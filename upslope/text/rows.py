@@ -1,4 +1,8 @@
-"""Rows from files, the hub or Python, as a `datasets` table; what is wrong with a file is told by line number."""
+"""Rows from files, the hub or Python, as a `datasets` table; what is wrong with a file is told by line number.
+
+A file is read once, in chunks, and its rows never all stand in Python: large tables lie on the disk (arrow.py). Its bad
+lines are counted to the end, so that they can be mended at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from upslope.errors import DataError
+from upslope.text.arrow import GrowingTable
 
+Row = dict[str, Any] | DataError  # a bad line is told and gone past
+BAD_LIMIT = 10_000  # bad lines that are counted
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -79,30 +86,24 @@ def _from_file(path: Path, limit: int | None) -> Dataset:
         raise DataError(
             f"{path}: files of kind {kind or 'without an ending'} are not read", "use csv, tsv, jsonl, json, parquet"
         )
-    columns: dict[str, list[Any]] = {}
-    count = 0
+    table = GrowingTable(path)
+    bad: list[DataError] = []
     try:
-        for number, row in readers[kind](path):
-            _append(columns, row, count, path, number)
-            count += 1
-            if limit and count >= limit:
+        for row in readers[kind](path):
+            if isinstance(row, DataError):
+                bad.append(row)
+            elif not bad:
+                table.add(row)
+            if (limit and table.rows >= limit) or len(bad) > BAD_LIMIT:
                 break
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}", "check that the file is whole and may be read") from None
-    if not count:
+    if bad:
+        more = f" (and {'over ' if len(bad) > BAD_LIMIT else ''}{min(len(bad) - 1, BAD_LIMIT)} more lines)"
+        raise DataError(f"{bad[0].what}{more if len(bad) > 1 else ''}", bad[0].remedy)
+    if not table.rows:
         raise DataError(f"{path} has no rows", "give it at least one")
-    try:
-        return Dataset.from_dict(columns)
-    except Exception as error:  # pyarrow raises several kinds for a column of mixed types
-        raise DataError(f"{path}: {str(error).splitlines()[0]}", "give every column one type") from None
-
-
-def _append(columns: dict[str, list[Any]], row: dict[str, Any], count: int, path: Path, number: int) -> None:
-    for name in row:
-        if name not in columns:
-            columns[name] = [None] * count
-    for name, values in columns.items():
-        values.append(row.get(name))
+    return table.finished()
 
 
 def _from_parquet(path: Path, limit: int | None) -> Dataset:
@@ -123,44 +124,57 @@ def _open(path: Path) -> IO[bytes]:
     return opened
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Decoded lines with their ends. Raises DataError naming the line that is not UTF-8."""
+def _lines(path: Path) -> Iterator[str | DataError]:
+    """Decoded lines with their ends, or what is wrong with one that is not UTF-8."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 place = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
-                raise DataError(f"{path}, line {number} is not UTF-8: {place}", "save the file as UTF-8") from None
+                yield DataError(f"{path}, line {number} is not UTF-8: {place}", "save the file as UTF-8")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _whole_lines(path: Path) -> Iterator[str]:
+    """Decoded lines, for files that cannot be read on behind a bad one. Raises DataError."""
+    for line in _lines(path):
+        if isinstance(line, DataError):
+            raise line
+        yield line
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), 1):
+        if isinstance(line, DataError):
+            yield line
+            continue
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}", "mend or remove that line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is a {type(row).__name__}, not an object", "write one {...} a line")
-        yield number, row
+            yield DataError(f"{path}, line {number} is not JSON: {error}", "mend or remove that line")
+            continue
+        if isinstance(row, dict):
+            yield row
+        else:
+            yield DataError(f"{path}, line {number} is a {type(row).__name__}, not an object", "write one {...} a line")
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(path: Path) -> Iterator[Row]:
     try:
-        rows = json.loads("".join(_lines(path)))
+        rows = json.loads("".join(_whole_lines(path)))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}", "mend it, or use jsonl") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} is not a list of objects", "write [{...}, {...}], or use jsonl")
-    yield from enumerate(rows, 1)
+    yield from rows
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     separator = "\t" if ".tsv" in path.name.lower() else ","
-    reader = csv.reader(_lines(path), delimiter=separator, strict=True)
+    reader = csv.reader(_whole_lines(path), delimiter=separator, strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -171,11 +185,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in reader:
             if not row:
                 continue
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num} has {len(row)} fields, the header {len(header)}", "mend that line"
-                )
-            yield reader.line_num, dict(zip(header, row, strict=True))
+            if len(row) == len(header):
+                yield dict(zip(header, row, strict=True))
+            else:
+                fields = f"has {len(row)} fields, the header {len(header)}"
+                yield DataError(f"{path}, line {reader.line_num} {fields}", "mend that line")
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}", "mend that line") from None
 

@@ -25,13 +25,13 @@ from tests.faults.tiny import tiny_files
 ANY_TIME = "any time"
 
 
-def draw(random_: random.Random, counts: dict[str, int], seconds: float) -> Strike:
-    """One strike. Half of them are SIGKILLs, the one fault that no handler sees."""
+def draw(random_: random.Random, counts: dict[str, int], seconds: float, share: float) -> Strike:
+    """One strike in the first `share` of a start's events. Half are SIGKILLs, the one fault that no handler sees."""
     if random_.random() < 0.15:
-        return Strike(kill_after=random_.uniform(0.0, seconds))
+        return Strike(kill_after=random_.uniform(0.0, share * seconds))
     phase = random_.choice(PHASES)
     kind = random_.choice(KINDS) if random_.random() < 0.6 else "sigkill"
-    return Strike(phase, random_.randint(1, counts[phase]), kind)
+    return Strike(phase, random_.randint(1, max(1, round(share * counts[phase]))), kind)
 
 
 def campaign(work: Path, trials: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str], Counter[str], float]:
@@ -48,7 +48,7 @@ def campaign(work: Path, trials: int, seed: int) -> tuple[Counter[tuple[str, str
             by_variant[variant] += 1
             _, counts, seconds = harness.reference(variant)
             folder = harness.work / f"run-{number}"
-            strikes = [draw(random_, counts, seconds) for _ in range(random_.choice((1, 1, 2, 3)))]
+            strikes = [draw(random_, counts, seconds, 1.0 / (n + 1)) for n in range(random_.randint(1, 3))]
             wrong = harness.trial(variant, folder, strikes, minutes=random_.choice((0.0, 0.0, 60.0)))
             for strike, ended in harness.last_starts:
                 took_place = ended.fired or (strike.kill_after is not None and ended.code == -9)
@@ -81,7 +81,8 @@ def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     began = time.monotonic()
-    work = Path(tempfile.mkdtemp(prefix="upslope-faults-"))
+    fast = Path("/dev/shm")  # a process that is killed loses nothing of what it wrote, wherever that is
+    work = Path(tempfile.mkdtemp(prefix="upslope-faults-", dir=fast if fast.is_dir() else None))
     try:
         struck, failed, by_variant, slowest = campaign(work, trials, seed)
     finally:

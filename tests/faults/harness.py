@@ -22,6 +22,9 @@ VARIANTS: Mapping[str, dict[str, Any]] = {  # name -> what it changes in [rl] of
     "ppo-shared": {"critic": "shared"},
     "ppo-detached": {"critic": "detached", "kl_target": 1.0, "samples": 2, "minibatches": 4},
     "ppo-separate": {"critic": "separate", "limit": "bootstrap", "entropy_weight": 0.01},
+    "grpo": {"algorithm": "grpo", "samples": 3, "epochs": 1, "minibatches": 1},
+    "trpo": {"algorithm": "trpo", "epochs": 1, "minibatches": 1},
+    "nlpo": {"algorithm": "nlpo", "mask_every": 2},
 }
 STOP_S = 5.0  # what a stop that was asked for may take
 
@@ -144,7 +147,7 @@ def problems(strike: Strike, ended: Ended) -> list[str]:
         return [] if ended.code == 0 else [f"{strike}: ended with {ended.code} unstruck: {ended.said[-300:]}"]
     allowed = {
         "sigkill": (-9,),
-        "sigterm": (130, 0),
+        "sigterm": (130, 0, -15),  # -15: before the run has begun to listen
         "sigint": (130, 0),
         "sigint-twice": (130,),
         "memory": (2,),

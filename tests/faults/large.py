@@ -47,7 +47,7 @@ print(json.dumps(told))
 
 
 def peak_of_reading(folder: Path, size: int) -> dict[str, Any]:
-    """Write that many bytes of rows and read them. grown_mb: the most memory held beyond the imports, mapped files out."""
+    """Write that many bytes of rows and read them. grown_mb: the most memory held beyond that of the imports."""
     path = folder / "large.jsonl"
     with path.open("w") as file:
         written, number = 0, 0

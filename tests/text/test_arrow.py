@@ -1,4 +1,4 @@
-"""Files that are read in chunks give the same table as in one piece; large ones stay out of memory; bad lines are counted."""
+"""Files read in chunks give the same table as in one piece; large ones stay out of memory; bad lines are counted."""
 
 import json
 import tempfile
@@ -93,6 +93,6 @@ def test_a_disk_that_refuses_the_rows_is_named(tmp_path, monkeypatch):
 
 
 def test_a_large_file_takes_little_memory(tmp_path):
-    """200 MB of lines, read, cleaned and split. The same with a table in memory grows by 300 MB (`make large`: 1 GB)."""
+    """200 MB of lines, read, cleaned and split; `make large` does the same with a gigabyte."""
     told = peak_of_reading(tmp_path, 200_000_000)
     assert told["rows"] > 200_000 and told["grown_mb"] < 200

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from upslope.errors import ModelError
+from upslope.models.checks import check_numbers, reading
 from upslope.models.decoder import DecoderConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -26,7 +27,10 @@ def read_gguf(path: Path) -> tuple[DecoderConfig, Iterator[tuple[str, Tensor]]]:
         raise ModelError(
             f"{path} is not a whole GGUF file: {error or type(error).__name__}", "fetch it again"
         ) from None
-    return _config(reader, path), _weights(reader, path)
+    with reading(path):
+        config = _config(reader, path)
+    check_numbers(config, path)
+    return config, _weights(reader, path)
 
 
 def _config(reader: GGUFReader, path: Path) -> DecoderConfig:
@@ -66,15 +70,11 @@ def _weights(reader: GGUFReader, path: Path) -> Iterator[tuple[str, Tensor]]:
     heads = _value(reader, f"{kind}.attention.head_count", path)
     kv_heads = _value(reader, f"{kind}.attention.head_count_kv", path, heads)
     for tensor in reader.tensors:
-        try:
+        with reading(path / tensor.name):
             array = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
             array = array.reshape([int(n) for n in reversed(tensor.shape)])
-        except (NotImplementedError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{path}: {tensor.name} cannot be read: {error}", "fetch it again, or another type"
-            ) from None
-        if kind == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            array = _halves(array, heads if tensor.name.endswith("attn_q.weight") else kv_heads)
+            if kind == "llama" and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+                array = _halves(array, heads if tensor.name.endswith("attn_q.weight") else kv_heads)
         yield tensor.name, torch.from_numpy(np.ascontiguousarray(array))
 
 

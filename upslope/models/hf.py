@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from upslope.errors import ModelError
+from upslope.models.checks import check_numbers, reading
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.gguf import read_gguf
 from upslope.models.names import GGUF, HUGGING_FACE, Names
@@ -77,17 +78,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} has no config.json", "name a folder in Hugging Face layout, or a .gguf file"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}", "write the model's folder again") from None
-    if raw.get("model_type") not in HUGGING_FACE:
-        raise ModelError(
-            f"{path}: architecture {raw.get('model_type')!r} is not known", f"known: {', '.join(HUGGING_FACE)}"
-        )
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in HUGGING_FACE:
+        raise ModelError(f"{path}: architecture {kind!r:.80} is not known", f"known: {', '.join(HUGGING_FACE)}")
     return raw
 
 
 def decoder_config(raw: Mapping[str, Any], where: Path) -> DecoderConfig:
     """Our configuration from theirs. Raises ModelError for what would change the numbers and is not known."""
+    with reading(where):
+        config = _our_config(raw, where)
+    check_numbers(config, where)
+    return config
+
+
+def _our_config(raw: Mapping[str, Any], where: Path) -> DecoderConfig:
     kind = raw["model_type"]
     activation = raw.get("hidden_act", raw.get("activation_function", "gelu_new" if kind == "gpt2" else "silu"))
     if activation not in ACTIVATIONS:
@@ -238,7 +245,8 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a folder's safetensors files, one at a time."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        with reading(index):
+            files = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     else:
         files = sorted(path.name for path in folder.glob("model*.safetensors"))
     if not files:
@@ -257,7 +265,7 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _build(
     config: DecoderConfig, weights: Iterator[tuple[str, Tensor]], names: Names, dtype: torch.dtype, where: Path
 ) -> Decoder:
-    with torch.device("meta"):
+    with torch.device("meta"), reading(where):
         model = Decoder(config)
     table = names.expand(config.layers)
     ours_of = {theirs: ours for ours, theirs in table.items()}

@@ -1,0 +1,115 @@
+"""`make soak`: an hour of rl on a tiny model; the memory of its processes and the time of a step must not grow.
+
+    python -m tests.faults.soak [SECONDS]
+
+A run of the real command with a reward in a worker process, checkpoints every few seconds, and a SIGTERM at the end.
+Slopes are least-squares lines over what was sampled each second after the first tenth, which is left to warming up.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.checkpoints import ROOT
+from tests.conftest import make_recipe
+from tests.faults.harness import REWARD, to_toml
+from tests.faults.machine import replace_section, where_and_when
+from tests.faults.tiny import tiny_files
+from upslope.observe.events import read_events
+
+ALLOWED_MB_PER_HOUR = 20.0
+ALLOWED_DRIFT = 0.25  # of a step's median time, last quarter over first
+
+
+def memory_mb(pid: int) -> dict[str, float]:
+    """Resident memory of a process and of those it started, in MB."""
+    found = {}
+    for number in [pid, *_children(pid)]:
+        try:
+            pages = int(Path(f"/proc/{number}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+        found["trainer" if number == pid else "worker"] = pages * 4096 / 1e6
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def run(work: Path, seconds: float) -> tuple[list[tuple[float, dict[str, float]]], list[dict[str, float]], int, str]:
+    """Memory samples with their times, the metrics of every rollout, how many checkpoints, and the run's last words."""
+    model, rows = tiny_files(work)
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (work / "reward.py").write_text(REWARD)
+    recipe = make_recipe(model)
+    recipe["checkpoint_minutes"] = 0.1
+    recipe["data"]["rows"] = str(work / "rows.jsonl")
+    recipe["rl"] |= {"reward": {"stage:reward": 1.0, f"{work}/reward.py:score": 0.1}, "steps": 10_000_000}
+    (work / "soak.toml").write_text(to_toml(recipe))
+    code = "from upslope.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(work / "soak.toml"), "-o", str(work / "run"), "--plain"]
+    with (work / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        began, samples = time.monotonic(), []
+        while time.monotonic() - began < seconds and process.poll() is None:
+            time.sleep(1.0)
+            samples.append((time.monotonic() - began, memory_mb(process.pid)))
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    said = (work / "log").read_text()[-300:]
+    if code != 130:
+        raise RuntimeError(f"the run ended with {code}: {said}")
+    events = read_events(work / "run" / "events.jsonl")
+    steps = [e["metrics"] for e in events if e["kind"] == "step" and e["stage"] == "rl"]
+    return samples, steps, sum(e["kind"] == "checkpoint" for e in events), said
+
+
+def slope_per_hour(samples: list[tuple[float, dict[str, float]]], name: str) -> tuple[float, float, float]:
+    """MB per hour after the first tenth of the time, and the first and last of the values that it was fitted to."""
+    late = [(t, m[name]) for t, m in samples[len(samples) // 10 :] if name in m]
+    times, values = np.array([t for t, _ in late]), np.array([v for _, v in late])
+    return float(np.polyfit(times, values, 1)[0]) * 3600, float(values[0]), float(values[-1])
+
+
+def main() -> None:
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 3600.0
+    work = Path(tempfile.mkdtemp(prefix="upslope-soak-"))
+    try:
+        samples, steps, checkpoints, _ = run(work, seconds)
+    finally:
+        shutil.rmtree(work)
+    slopes = {name: slope_per_hour(samples, name) for name in ("trainer", "worker")}
+    times = np.array([m["time/step_s"] for m in steps])
+    quarter = len(times) // 4
+    first, last = float(np.median(times[:quarter])), float(np.median(times[-quarter:]))
+    drift = last / first - 1
+    text = [
+        f"`make soak` for {seconds / 60:.0f} min ({where_and_when()}): {len(steps)} rollouts of 6 prompts, "
+        f"{len(steps) * 6} optimizer steps, {checkpoints} checkpoints, ended by a SIGTERM, saved.",
+        "",
+        "| | after the first tenth | at the end | slope |",
+        "|---|---|---|---|",
+        *(f"| memory of the {n} | {a:.1f} MB | {b:.1f} MB | {s:+.1f} MB an hour |" for n, (s, a, b) in slopes.items()),
+        f"| median time of a rollout, first and last quarter | {1000 * first:.1f} ms | {1000 * last:.1f} ms "
+        f"| {100 * drift:+.1f} % |",
+    ]
+    replace_section("Soak", text)
+    print("\n".join(text))
+    sys.exit(drift > ALLOWED_DRIFT or any(slope > ALLOWED_MB_PER_HOUR for slope, _, _ in slopes.values()))
+
+
+if __name__ == "__main__":
+    main()

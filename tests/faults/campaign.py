@@ -80,7 +80,7 @@ def table(struck: Counter[tuple[str, str]]) -> list[str]:
 def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
-    began = time.monotonic()
+    began, measured = time.monotonic(), where_and_when()
     fast = Path("/dev/shm")  # a process that is killed loses nothing of what it wrote, wherever that is
     work = Path(tempfile.mkdtemp(prefix="upslope-faults-", dir=fast if fast.is_dir() else None))
     try:
@@ -90,7 +90,7 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     variants = ", ".join(f"{name} {count}" for name, count in by_variant.items())
     text = [
-        f"`make faults` ({trials} trials, seed {seed}; {where_and_when()}; {minutes:.0f} min): runs of {variants}, "
+        f"`make faults` ({trials} trials, seed {seed}; {measured}; {minutes:.0f} min): runs of {variants}, "
         f"struck {sum(struck.values())} times in all, one to three times each.",
         f"Trials that ended otherwise than an unbroken run, in a traceback, or later than allowed: **{len(failed)}**.",
         f"Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",

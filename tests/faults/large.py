@@ -63,13 +63,14 @@ def peak_of_reading(folder: Path, size: int) -> dict[str, Any]:
 
 def main() -> None:
     size = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000_000
+    measured = where_and_when()
     with tempfile.TemporaryDirectory() as folder:
         told = peak_of_reading(Path(folder), size)
     text = [
-        f"`make large` ({where_and_when()}): {size / 1e9:g} GB of JSONL, {told['rows']} rows, read in "
+        f"`make large` ({measured}): {size / 1e9:g} GB of JSONL, {told['rows']} rows, read in "
         f"{told['read_s']:.0f} s, cleaned and split after {told['all_s']:.0f} s. Memory grew by at most "
-        f"{told['grown_mb']:.0f} MB over the {told['before_mb']:.0f} MB of the imports (anonymous memory, sampled every",
-        "20 ms); with the pages of mapped files, which the system may take back at any time, the peak was "
+        f"{told['grown_mb']:.0f} MB over the {told['before_mb']:.0f} MB of the imports (anonymous memory, sampled "
+        "every 20 ms); with the pages of mapped files, which the system may take back at any time, the peak was "
         f"{told['peak_rss_mb']:.0f} MB.",
     ]
     replace_section("Large files", text)

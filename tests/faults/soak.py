@@ -86,6 +86,7 @@ def slope_per_hour(samples: list[tuple[float, dict[str, float]]], name: str) -> 
 
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 3600.0
+    measured = where_and_when()
     work = Path(tempfile.mkdtemp(prefix="upslope-soak-"))
     try:
         samples, steps, checkpoints, _ = run(work, seconds)
@@ -97,7 +98,7 @@ def main() -> None:
     first, last = float(np.median(times[:quarter])), float(np.median(times[-quarter:]))
     drift = last / first - 1
     text = [
-        f"`make soak` for {seconds / 60:.0f} min ({where_and_when()}): {len(steps)} rollouts of 6 prompts, "
+        f"`make soak` for {seconds / 60:.0f} min ({measured}): {len(steps)} rollouts of 6 prompts, "
         f"{len(steps) * 6} optimizer steps, {checkpoints} checkpoints, ended by a SIGTERM, saved.",
         "",
         "| | after the first tenth | at the end | slope |",

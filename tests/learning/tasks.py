@@ -153,10 +153,12 @@ def recipe_of(variant: str, task: Task, seed: int, steps: int):
     own = {"teacher": "made"} if keys["algorithm"] == "gkd" else {"reward": "made:here"}
     size = {"prompts": 16, "samples": 8} if grouped else {"prompts": 128, "samples": 1}
     several = PRESETS[keys["algorithm"]].get("minibatches") != 1  # optimizer steps a rollout: each may be the smaller
-    optim = {"lr": 1.5e-3 if several else 4e-3}
+    optim = {"lr": 1.5e-3 if several else 4e-3, "eps": 1e-5, "beta2": 0.99}
     base = {"steps": steps, "max_tokens": task.max_tokens, "slots": 128, "kl": 0.01, "optim": optim} | size
     if keys["algorithm"] in ("dr-grpo", "dapo", "gspo", "cispo", "raft", "gkd"):
         del base["kl"]
+    if several and "trust" not in PRESETS[keys["algorithm"]]:
+        base["trust"] = {"max_kl": 0.03}
     table = {
         "name": "learning",
         "model": "made",

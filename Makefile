@@ -1,9 +1,10 @@
 # make demo: a real language model, improved by PPO.   make test: the whole suite.   make check: lint, types, layers, tests.
+# make pictures: the pictures of docs/, drawn anew.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check faults soak fuzz large setup clean
+.PHONY: demo test check pictures faults soak fuzz large setup clean
 
 demo: setup
 	$(BIN)/upslope train sentiment-ppo
@@ -17,6 +18,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+pictures: setup
+	OMP_NUM_THREADS=1 $(BIN)/python docs/pictures.py
 
 # What takes long; each writes its section of docs/reliability.md.
 faults: setup  # 200 runs struck at random points

@@ -174,3 +174,10 @@ def test_what_a_recipe_says_stands_above_the_algorithms_row():
     rl = load_recipe(BASE, ["rl.algorithm=trpo", "rl.trust.damping=0.3", "rl.lam=0.5"]).rl
     assert rl.trust.damping == 0.3 and rl.trust.max_kl == 0.01 and rl.lam == 0.5
     assert load_recipe(BASE, ["rl.algorithm=reinforce", "rl.baseline=critic"]).rl.critic == "shared"
+
+
+def test_none_switches_off_a_number_that_may_be_absent():
+    rl = load_recipe(BASE, ["rl.value_clip=none"]).rl
+    assert rl.value_clip is None
+    assert "rl.lam = 'none'" in refused("rl.lam=none")
+    assert load_recipe(BASE, ["data.text=none"]).data.text == "none"  # a column may be called so

@@ -58,9 +58,7 @@ def campaign(seconds: int, names: list[str]) -> list[tuple[str, int, int, int, s
 
 def _last_words(said: str) -> str:
     """The exception's line, or libFuzzer's."""
-    lines = [
-        line for line in said.splitlines() if re.match(r"^\w*(Error|Exception|Interrupt)\b|^ *\w+(\.\w+)*Error:", line)
-    ]
+    lines = [line for line in said.splitlines() if re.match(r"^ *[\w.]*(Error|Exception)\b", line)]
     lines += [line for line in said.splitlines() if "ERROR: libFuzzer" in line]
     return (lines or said.splitlines()[-1:] or ["no word"])[0][:200]
 

@@ -4,10 +4,13 @@ unbroken run ends: weights, optimizer, events and episodes bit for bit, no line 
 `make faults` does the same at hundreds of random points; see campaign.py.
 """
 
+import os
+
 import pytest
 
 from tests.faults.harness import STOP_S, VARIANTS, Harness, Strike
 from tests.faults.inject import PHASES
+from upslope.checkpoint import RunLock
 
 FEW = 6  # computations that may still begin after a stop was asked for
 
@@ -67,6 +70,20 @@ def test_a_stop_is_quick_in_every_phase(harness, tmp_path, phase, kind):
     assert ended.code == 130 and ended.fired and ended.seconds_after < STOP_S
     assert harness.work_after(tmp_path / "run") <= FEW
     assert "the same command carries on" in ended.said
+
+
+def test_a_second_run_in_a_folder_in_use_is_refused_and_changes_nothing(harness, tmp_path):
+    strike = Strike("update", 20, "sigkill")
+    harness.start("ppo-shared", tmp_path / "run", strike)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    lock = RunLock(tmp_path / "run")
+    try:
+        ended = harness.start("ppo-shared", tmp_path / "run")
+    finally:
+        lock.release()
+    assert ended.code == 2 and f"is in use by process {os.getpid()}; wait for it" in ended.said
+    assert before == {p: p.read_bytes() for p in before}
+    assert harness.trial("ppo-shared", tmp_path / "run", []) == []
 
 
 def test_c59_a_finished_run_says_so_and_changes_nothing(harness):

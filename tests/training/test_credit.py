@@ -81,6 +81,23 @@ def test_the_bias_of_the_lambda_return_is_measured_against_the_monte_carlo_retur
     assert short["advantage/rmse"] == pytest.approx((sum(g * g for g in gaps) / 6) ** 0.5, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"credit": "to_go", "baseline": "none"}, [1.0, 1.0, 5.0, 5.0]),
+        ({"credit": "episode", "baseline": "none"}, [1.0, 1.0, 5.0, 5.0]),
+        ({"credit": "episode", "baseline": "group"}, [-2.0, -2.0, 2.0, 2.0]),
+        ({"credit": "to_go", "baseline": "group"}, [-2.0, -2.0, 2.0, 2.0]),
+    ],
+)
+def test_c20_what_follows_a_cut_counts_in_every_kind_of_credit(keys, expected):
+    rl = load_recipe(
+        BASE | {"rl": {"reward": "a:b", "algorithm": "reinforce", "samples": 2, "limit": "bootstrap"} | keys}
+    ).rl
+    signal = Signal(T([0.0, 1.0, 0.0, 0.0]), torch.zeros(4), T([0, 2, 4]), T([0.0, 5.0]), T([0, 0]))
+    assert credit(rl, signal).advantage_A.tolist() == expected
+
+
 def made(length, total, group=0):
     actions = list(range(1, 1 + length))
     return Episode("p", "c", [1] * (1 + length), actions, [-1.0] * length, "eos", 0, group, 0, total=total)

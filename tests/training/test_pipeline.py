@@ -71,6 +71,15 @@ def test_three_stages_a_table_and_a_report(unbroken):
     assert not list(folder.glob("*/checkpoints"))
 
 
+def test_each_checkpoint_tells_its_time_and_its_size(unbroken):
+    saves = [e for e in read_events(unbroken[1] / "events.jsonl") if e["kind"] == "checkpoint"]
+    assert [(e["stage"], e["step"]) for e in saves] == [(s, n) for s in ("sft", "reward") for n in (1, 2, 3)] + [
+        ("rl", n) for n in (6, 12, 18)
+    ]
+    weights = (unbroken[1] / "rl" / "model" / "model.safetensors").stat().st_size
+    assert all(0 < e["seconds"] < 60 and e["bytes"] > 2.5 * weights for e in saves)  # Adam's two moments beside them
+
+
 def test_c16_first_minibatch_ratios_of_a_real_run_are_one(unbroken):
     steps = [e for e in unbroken[2][1] if e["kind"] == "step" and e["stage"] == "rl"]
     assert all(s["metrics"]["policy/first_ratio_gap"] < 1e-4 for s in steps)

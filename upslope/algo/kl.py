@@ -12,7 +12,7 @@ def kl_estimate(logp_A: Float[Tensor, " A"], ref_logp_A: Float[Tensor, " A"], ki
     """KL(policy, reference) at each action token, from the sampled action alone; d = logp - ref_logp.
 
         k1 = d                    unbiased, may be negative; its gradient has mean 0: for rewards and reports only
-        k2 = d^2 / 2              biased value, the gradient of the true KL on-policy
+        k2 = d^2 / 2              biased value; on-policy, in each state, the gradient of the true KL
         k3 = exp(-d) - 1 + d      unbiased, never negative; its gradient is that of KL(reference, policy)
 
     Schulman 2020, "Approximating KL Divergence". Raises ValueError for another kind.

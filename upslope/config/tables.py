@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,8 +14,22 @@ Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def _may_be_absent(annotation: Any) -> bool:
+    options = get_args(annotation)
+    return type(None) in options and str not in options
+
+
 class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_a_word(cls, raw: Any) -> Any:
+        """TOML has no null: "none" switches off a number that may be absent."""
+        if not isinstance(raw, Mapping):
+            return raw
+        off = {key for key, field in cls.model_fields.items() if _may_be_absent(field.annotation)}
+        return {key: None if key in off and value == "none" else value for key, value in raw.items()}
 
 
 class Data(Table):

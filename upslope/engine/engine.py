@@ -62,20 +62,20 @@ class Engine:
         self.text_of = text_of
         self.valid_vocab = valid_vocab
         self.version = 0
-        self.checksum = ""
 
     def load(self, model: Decoder, version: int, mask: Decoder | None = None) -> None:
         """Take over a model's weights under a version number, and the mask's where there is a runner for it.
 
-        Raises RunError where what the runner then holds is not what the model has.
+        Raises RunError when they did not arrive.
         """
-        self.runner.load(model)
-        if mask is not None and len(self.runners) > 1:
-            self.runners[1].load(mask)
-        checksum = self.runner.checksum()
-        if checksum != self.runner.checksum_of(model):
-            raise RunError(f"weights of version {version} did not reach the engine", "this is a fault: report it")
-        self.version, self.checksum = version, checksum
+        for runner, source in zip(self.runners, (model, mask), strict=False):
+            if source is not None:
+                runner.load(source)
+                if runner.checksum() != runner.checksum_of(source):
+                    raise RunError(
+                        f"weights of version {version} did not reach the engine", "start the run again; it carries on"
+                    )
+        self.version = version
 
     @torch.no_grad()
     def generate(

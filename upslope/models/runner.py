@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from upslope.models.attention import Layout, attend
-from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig
+from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig, Norm
 from upslope.models.ops import rotate
 from upslope.ragged import Ragged
 
-NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
 MIN_ROWS = 8  # a bf16 product of a single row falls into a slow path on CPUs
 
 
@@ -73,7 +72,7 @@ class Layer:
         }
         self.norms = {
             name: (module.weight.float().clone(), None if module.bias is None else module.bias.float().clone())
-            for name in NORMS
+            for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")
             if (module := getattr(block, name)) is not None
         }
 
@@ -107,25 +106,19 @@ class DecoderRunner:
         self.rope_table = None if rope is None else tuple(t.to(self.dtype) for t in rope)
 
     def checksum(self) -> str:
-        """A number that changes when any weight does: the exact sums of their words, as text."""
-        weights = [[self.embed], [self.output_weight], [self.norm[0]]]
-        for layer in self.layers:
-            weights += [[layer.qkv], [layer.gate_up], [layer.o], [layer.down], [w for w, _ in layer.norms.values()]]
-        return _checksum(weights)
+        """A number that changes when any weight does, as `checksum_of` makes it of a model."""
+        parts = [(0, self.embed), (1, self.norm[0]), (2, self.norm[1]), (3, self.position)]
+        if self.output_weight is not self.embed:
+            parts.append((4, self.output_weight))
+        for number, layer in enumerate(self.layers, 1):
+            parts += [(10 * number + k, w) for k, w in enumerate((layer.qkv, layer.gate_up, layer.o, layer.down))]
+            parts += [(10 * number + 4, w) for pair in layer.norms.values() for w in pair]
+            parts += [(10 * number + 5, bias) for bias in layer.small.values()]
+        return _sum_of_words(parts)
 
-    @torch.no_grad()
     def checksum_of(self, model: Decoder) -> str:
-        """The checksum that this runner has when it holds the model's weights, read from the model alone."""
-        embed = model.embed.weight.to(self.dtype)
-        head = embed if model.head is None else model.head.weight.to(self.dtype)
-        weights: list[list[Tensor]] = [[embed], [head], [model.norm.weight.float()]]
-        for block in model.blocks:
-            for names in (("q", "k", "v"), ("gate", "up"), ("o",), ("down",)):
-                modules = [getattr(block, name) for name in names]
-                weights.append([module.weight.to(self.dtype) for module in modules if module is not None])
-            norms = [getattr(block, name) for name in NORMS]
-            weights.append([norm.weight.float() for norm in norms if norm is not None])
-        return _checksum(weights)
+        """The checksum that this runner has when a model's present weights have reached it."""
+        return model_checksum(model, self.dtype)
 
     def new_cache(self, slots: int, capacity: int) -> DecoderCache:
         """Room for `capacity` tokens in each of `slots`."""
@@ -237,17 +230,41 @@ class DecoderRunner:
         return F.layer_norm(wide, x.shape[-1:], weight, bias, self.config.norm_eps).to(self.dtype)
 
 
+@torch.no_grad()
+def model_checksum(model: Decoder, dtype: torch.dtype) -> str:
+    """The checksum that a runner of this dtype has when the model's weights have reached it.
+
+    Made from the model's own tensors, each summed word by word and weighed by its place: a weight that did not
+    arrive, or in another layer, changes it. Joined weights (q, k, v) count as one.
+    """
+    parts: list[tuple[int, Tensor | None]] = [(0, model.embed.weight.to(dtype)), (1, model.norm.weight.float())]
+    parts.append((2, None if model.norm.bias is None else model.norm.bias.float()))
+    parts.append((3, None if model.position is None else model.position.weight.to(dtype)))
+    if model.head is not None:
+        parts.append((4, model.head.weight.to(dtype)))
+    for number, block in enumerate(model.blocks, 1):
+        for name, module in block.named_children():
+            if isinstance(module, Norm):
+                parts += [(10 * number + 4, None if p is None else p.float()) for p in (module.weight, module.bias)]
+                continue
+            place = {"q": 0, "k": 0, "v": 0, "gate": 1, "up": 1, "o": 2, "down": 3}[name]
+            assert isinstance(module, nn.Linear)
+            parts.append((10 * number + place, module.weight.to(dtype)))
+            parts.append((10 * number + 5, None if module.bias is None else module.bias.to(dtype)))
+    return _sum_of_words(parts)
+
+
+def _sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
+    total = 0
+    for place, weight in parts:
+        if weight is not None:
+            words = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+            total = (total + (2 * place + 3) * int(words.sum(dtype=torch.int64))) % (1 << 61)
+    return f"{total:016x}"
+
+
 def _copy_into(joined: Tensor, *weights: Tensor) -> None:
     start = 0
     for weight in weights:
         joined[start : start + len(weight)].copy_(weight)
         start += len(weight)
-
-
-def _checksum(groups: Sequence[Sequence[Tensor]]) -> str:
-    """The words of each group's tensors, summed exactly, in one number: how a group is cut into tensors is alike."""
-    total = 0
-    for weights in groups:
-        words = (w.view(torch.int16 if w.dtype == torch.bfloat16 else torch.int32) for w in weights)
-        total = (total * 31 + sum(int(w.sum(dtype=torch.int64)) for w in words)) % (1 << 61)
-    return f"{total:016x}"

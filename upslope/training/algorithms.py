@@ -47,11 +47,13 @@ class Signal:
         """One number an episode to all its actions."""
         return x_B.repeat_interleave(self.starts[1:] - self.starts[:-1])
 
-    def totals(self) -> Tensor:
-        """The sum of each episode's rewards."""
-        counts = self.starts[1:] - self.starts[:-1]
-        owner_A = torch.arange(len(counts)).repeat_interleave(counts)
-        return self.reward_A.new_zeros(len(counts)).index_add(0, owner_A, self.reward_A)
+    def totals(self, gamma: float) -> Tensor:
+        """The return of each episode from its first action on, what follows a cut included; 0 without actions."""
+        return_A = discounted_returns(self.reward_A, self.starts, gamma=gamma, bootstrap_B=self.bootstrap_B)
+        acted_B = self.starts[1:] > self.starts[:-1]
+        total_B = return_A.new_zeros(len(acted_B))
+        total_B[acted_B] = return_A[self.starts[:-1][acted_B]]
+        return total_B
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ def _to_go(rl: RL, s: Signal) -> tuple[Tensor, Tensor]:
 
 def _episode(rl: RL, s: Signal) -> tuple[Tensor, Tensor]:
     """One advantage for all actions of an episode: what it earned in all, against its baseline."""
-    return s.spread(EPISODE_BASELINES[rl.baseline](rl, s, s.totals())), _returns(rl, s)
+    return s.spread(EPISODE_BASELINES[rl.baseline](rl, s, s.totals(rl.gamma))), _returns(rl, s)
 
 
 def _group_baseline(rl: RL, s: Signal, return_A: Tensor) -> Tensor:
     """The mean total of an episode's group (of the others of it), at each of its actions."""
-    return s.spread(s.totals() - _group_advantages(rl, s, s.totals(), scale="none"))
+    total_B = s.totals(rl.gamma)
+    return s.spread(total_B - _group_advantages(rl, s, total_B, scale="none"))
 
 
 def _group_advantages(rl: RL, s: Signal, total_B: Tensor, scale: str | None = None) -> Tensor:
@@ -142,7 +145,7 @@ EPISODE_BASELINES: Mapping[str, Callable[[RL, Signal, Tensor], Tensor]] = {
 
 def _scaled_by_group(rl: RL, s: Signal, advantage_A: Tensor, return_A: Tensor) -> tuple[Tensor, Tensor]:
     if rl.scale == "group":
-        advantage_A = advantage_A / s.spread(group_deviation(s.totals(), s.group_B))
+        advantage_A = advantage_A / s.spread(group_deviation(s.totals(rl.gamma), s.group_B))
     return advantage_A, return_A
 
 

@@ -38,6 +38,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert load_rows(tsv).to_list() == [{"text": "x", "n": "1"}]
 
 
+def test_text_of_a_parquet_file_that_is_no_utf8_is_told_when_it_is_read(tmp_path):
+    """Found by `make fuzz`: the table was made, and the first look at the row raised."""
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    whole = (tmp_path / "a.parquet").read_bytes()
+    assert whole.count(b"zwei") >= 1
+    with pytest.raises(DataError, match=r"a.parquet is not a whole parquet file: .*UTF8"):
+        load_rows(write(tmp_path / "a.parquet", whole.replace(b"zwei", b"zw\xdci")))
+
+
 def test_a_limit_reads_no_further(tmp_path):
     path = write(tmp_path / "a.jsonl", b'{"a": 1}\n{"a": 2}\nnot json\n')
     assert load_rows(path, limit=2)["a"][:] == [1, 2]

@@ -108,7 +108,9 @@ def _from_file(path: Path, limit: int | None) -> Dataset:
 
 def _from_parquet(path: Path, limit: int | None) -> Dataset:
     try:
-        table = Dataset(pyarrow.parquet.read_table(path))  # from_parquet would write a copy into the home folder
+        read = pyarrow.parquet.read_table(path)  # datasets' from_parquet would write a copy into the home folder
+        read.validate(full=True)  # text that is no UTF-8 would be an error only where it is looked at
+        table = Dataset(read)
     except Exception as error:  # pyarrow raises several kinds for a damaged file
         raise DataError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}", "write it again") from None
     if not len(table):

@@ -146,8 +146,8 @@ def main() -> None:
         "| | after the first tenth | at the end | slope |",
         "|---|---|---|---|",
         *(f"| memory of the {n} | {a:.1f} MB | {b:.1f} MB | {s:+.1f} MB an hour |" for n, (s, a, b) in slopes.items()),
-        f"| processor time of a rollout, first and last quarter | {1000 * work_first:.1f} ms | {1000 * work_last:.1f} ms "
-        f"| {100 * drift:+.1f} % |",
+        f"| processor time of a rollout, first and last quarter | {1000 * work_first:.1f} ms "
+        f"| {1000 * work_last:.1f} ms | {100 * drift:+.1f} % |",
         f"| median time of a rollout on the clock, likewise | {1000 * first:.1f} ms | {1000 * last:.1f} ms "
         f"| {100 * (last / first - 1):+.1f} % |",
     ]

@@ -20,6 +20,8 @@ SHOWN = {  # the metrics worth a place on one line, and their short names
     "valid/perplexity": "held-out perplexity",
     "valid/pair_accuracy": "held-out accuracy",
     "reward/pair_accuracy": "accuracy",
+    "preference/pair_accuracy": "accuracy",
+    "preference/margin": "margin",
     "reward/mean": "reward",
     "kl/reference_per_completion": "KL",
     "policy/entropy": "entropy",

@@ -22,8 +22,9 @@ from upslope.text.tokenizer import Tokenizer
 from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
+from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
+from upslope.training.preference import run_pairs
 from upslope.training.probe import ProbeSource, probe_folder
-from upslope.training.reward_model import run_reward
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
@@ -160,6 +161,8 @@ def plan_work(recipe: Recipe) -> dict[str, float]:
             plan[name] = 3 * MEAN_TOKENS * stage.steps * stage.batch
     if recipe.reward:
         plan["reward"] = 2 * 2 * MEAN_TOKENS * recipe.reward.steps * recipe.reward.batch
+    if recipe.preference:
+        plan["preference"] = (3 + 1) * 2 * MEAN_TOKENS * recipe.preference.steps * recipe.preference.batch
     if recipe.rl:
         rl = recipe.rl
         tokens = 0.6 * rl.max_tokens + 6
@@ -178,14 +181,18 @@ def _supervised(stage: str) -> Callable[[Pipeline], None]:
     return run_stage
 
 
-def _reward(p: Pipeline) -> None:
-    cfg = p.recipe.reward
-    assert cfg is not None
-    seed = p.recipe.seed
-    train = preference_pairs(p.run, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group, seed)
-    valid = preference_pairs(p.run, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group, seed)
-    model = RewardModel(p.decoder(p.source_of("reward"), trained=True)).to(p.run.device)
-    run_reward(p.run, cfg, model, p.tokenizer, train, valid)
+def _pairs(stage: str) -> Callable[[Pipeline], None]:
+    def run_stage(p: Pipeline) -> None:
+        cfg = getattr(p.recipe, stage)
+        train = preference_pairs(p.run, stage, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group)
+        valid = preference_pairs(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group)
+        model = p.decoder(p.source_of(stage), trained=True)
+        learner: Learner = (
+            RewardLearner(RewardModel(model).to(p.run.device)) if stage == "reward" else PolicyLearner(model, cfg)
+        )
+        run_pairs(p.run, cfg, learner, p.tokenizer, train, valid)
+
+    return run_stage
 
 
 def _rl(p: Pipeline) -> None:
@@ -274,7 +281,8 @@ def _judges(p: Pipeline) -> Scorer:
 STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
     "pretrain": _supervised("pretrain"),
     "sft": _supervised("sft"),
-    "reward": _reward,
+    "reward": _pairs("reward"),
+    "preference": _pairs("preference"),
     "rl": _rl,
     "eval": evaluate_run,
 }

@@ -22,6 +22,8 @@ SHOWN = {  # the metrics worth a place on one line, and their short names
     "reward/pair_accuracy": "accuracy",
     "preference/pair_accuracy": "accuracy",
     "preference/margin": "margin",
+    "expert/one_sample": "score of one sample",
+    "expert/kept": "of what is kept",
     "reward/mean": "reward",
     "kl/reference_per_completion": "KL",
     "policy/entropy": "entropy",

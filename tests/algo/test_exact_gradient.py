@@ -187,9 +187,14 @@ def test_c23_advantages_whitened_over_a_rollout_are_biased():
     process = Process(2, 3)
     batch = Batch.of(process, 2)
     to_go = discounted_returns(batch.reward_A, batch.starts, gamma=1.0)
-    groups = batch.spread(batch.group_B)
-    white = torch.cat([whiten(to_go[groups == g]) for g in range(int(groups.max()) + 1)])
-    differs(mean_step(batch, white), process.return_gradient())
+    rollouts = to_go.split(torch.bincount(batch.spread(batch.group_B)).tolist())
+    found = mean_step(batch, torch.cat([whiten(x) for x in rollouts]))
+    written = []
+    for rollout in (x.tolist() for x in rollouts):
+        mean, variance = statistics.fmean(rollout), statistics.pvariance(rollout)
+        written += [(x - mean) / (variance + 1e-8) ** 0.5 if len(set(rollout)) > 1 else 0.0 for x in rollout]
+    same(found, mean_step(batch, torch.tensor(written, dtype=torch.float64)))
+    differs(found, process.return_gradient())
 
 
 # reductions

@@ -87,9 +87,13 @@ def test_c31_k3_in_the_loss_has_the_gradient_of_the_other_kl(process):
 
 
 def test_c31_no_estimator_in_the_loss_sees_that_a_choice_leads_to_states_far_from_the_reference(process):
-    """The gradient of the KL of whole episodes has a second term, by the visits; a KL in the reward has it."""
+    """The KL of whole episodes has a second term in its gradient, by the visits: the KL that comes after a choice."""
     batch = Batch.of(process)
     whole = process.exact_gradient(lambda e: -sum(exact_kl(process)[process.row[e[:t]]] for t in range(len(e))))
+    exact_A = exact_kl(process)[batch.state_A].detach()
+    later_A = discounted_returns(exact_A, batch.starts, gamma=1.0) - exact_A
+    second = batch.mean_step(policy_gradient_loss(batch.logp_A, -later_A)[0])
+    same(mean_step_of("k2", batch) + second, whole)
     differs(mean_step_of("k2", batch), whole)
 
 

@@ -16,7 +16,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", WANDB_DISABLED="true", TOKENIZERS_PARALLELISM="false"
 )
 
-import torch
 from datasets import Dataset
 from recording import Recorder
 from tokenizers import Tokenizer, models
@@ -25,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    set_seed,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -90,7 +90,7 @@ def record(out: Recorder) -> None:
 
     observed("masked_whiten", whitened)
     observed("masked_mean", averaged)
-    torch.manual_seed(10)
+    set_seed(10)
     trainer(tempfile.mkdtemp()).train()
 
 

@@ -139,7 +139,7 @@ def distributions_and_weights(out: Recorder, draw: Draw, rows: int = 10, vocab: 
     inputs = {"logits_NV": logits, "action_N": action}
     logp = functional.logprobs_from_logits(T(logits), torch.tensor(action))
     out.case("softmax", inputs, {"logp_N": logp, "entropy_N": functional.entropy_from_logits(T(logits))})
-    log_ratio = draw.normal(scale=1.0)
+    log_ratio = draw.normal(scale=1.5)
     for cap in (1.5, 2.0, 5.0):
         for kind, bounds in [("truncate", cap), ("mask", f"{1 / cap}_{cap}")]:
             weights, stats = compute_rollout_correction_weights(T(padded(log_ratio)), MASK, "token", bounds)

@@ -182,7 +182,7 @@ def value_loss(
     if old_value_A is None:
         raise ValueError("clip needs old_value_A")
     old_value_A = old_value_A.detach()
-    near_A = old_value_A + (value_A - old_value_A).clamp(-clip, clip)
+    near_A = torch.clamp(value_A, old_value_A - clip, old_value_A + clip)  # inside, the value itself, to the last digit
     near_loss_A = _regression(near_A, return_A, kind)
     clipped_A = (near_loss_A > loss_A).to(return_A.dtype).detach()
     return torch.maximum(loss_A, near_loss_A), {"clipped_A": clipped_A}

@@ -34,7 +34,9 @@ def row(variant: str, found: dict[str, list[Outcome]], seconds: float) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    head = "| algorithm | bandit: reward | KL | rule: reward | KL | most moved | seconds |\n|---|---|---|---|---|---|---|"
+    head = (
+        "| algorithm | bandit: reward | KL | rule: reward | KL | most moved | seconds |\n|---|---|---|---|---|---|---|"
+    )
     lines, missed = [head], []
     print(head, flush=True)
     for variant in VARIANTS:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upslope.config import POLICY_STAGES, load_recipe
+from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
 from upslope.errors import ModelError
 from upslope.models.decoder import Decoder
@@ -38,13 +38,13 @@ def train(
 
     recipe: a file, a shipped recipe's name, or the same tables as a mapping; overrides: "rl.lam=0.9" and so on;
     out: the run folder (default runs/NAME); reward: a function (prompts, completions, rows) -> scores that stands in
-    for rl.reward; rows: a datasets.Dataset or list of dicts that stands in for data.rows. Raises UpslopeError.
+    for rl.reward (expert.reward in a recipe without [rl]); rows: a datasets.Dataset or list of dicts that stands in for
+    data.rows. Raises UpslopeError.
     """
-    if reward is not None:
-        overrides = (*overrides, f"rl.reward={json.dumps(_name_of(reward))}")
-    resolved = load_recipe(recipe, overrides)
+    given = Given(reward, rows)
+    resolved = load_recipe(recipe, _with_reward(recipe, overrides, given))
     folder = Path(out) if out is not None else Path("runs") / resolved.name
-    return run_pipeline(resolved, folder, given=Given(reward, rows), plain=plain)
+    return run_pipeline(resolved, folder, given=given, plain=plain)
 
 
 def sweep(
@@ -66,12 +66,10 @@ def sweep(
     the validation side (default: reward/mean over the last quarter of rollouts), never on the test side. The rest is as
     in train. Every run is a process of its own. Raises UpslopeError; RunError at the end where a run failed.
     """
-    if reward is not None:
-        overrides = (*overrides, f"rl.reward={json.dumps(_name_of(reward))}")
     return run_sweep(
         recipe,
         [axis_of(key, listed) for key, listed in values.items()],
-        overrides,
+        _with_reward(recipe, overrides, Given(reward, rows)),
         seeds=seeds if seeds is not None else (3 if search is None else 1),
         search=search,
         metric=metric,
@@ -175,5 +173,10 @@ def model_source(source: str) -> str:
     raise ModelError(f"the run {folder} has no finished policy stage", "train it to the end of a stage first")
 
 
-def _name_of(reward: Callable[..., Any]) -> str:
-    return f"{getattr(reward, '__module__', 'python')}:{getattr(reward, '__qualname__', type(reward).__name__)}"
+def _with_reward(recipe: str | Path | Mapping[str, Any], overrides: tuple[str, ...], given: Given) -> tuple[str, ...]:
+    """The overrides, and one that names the caller's own reward where there is one."""
+    if given.reward is None:
+        return overrides
+    tables = read_recipe(recipe)
+    table = "expert" if "expert" in tables and "rl" not in tables else "rl"
+    return (*overrides, f"{table}.reward={json.dumps(given.reward_name)}")

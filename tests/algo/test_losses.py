@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from upslope.algo import bradley_terry_loss, clipped_policy_loss, policy_gradient_loss, value_loss
+from upslope.algo import clipped_policy_loss, policy_gradient_loss, value_loss
 
 T = torch.tensor
 
@@ -88,14 +88,6 @@ def test_c30_returns_get_no_gradient_and_a_clip_needs_old_values():
     assert value.grad is not None and returns.grad is None
     with pytest.raises(ValueError, match="old_value_A"):
         value_loss(T([0.0]), T([0.0]), clip=0.1)
-
-
-def test_bradley_terry_by_hand():
-    loss, stats = bradley_terry_loss(T([1.0, 0.0]), T([0.0, 1.0]))
-    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))])
-    assert stats["correct_B"].tolist() == [1.0, 0.0]
-    even = bradley_terry_loss(T([1.0]), T([0.0]), margin_B=T([1.0]))[0]
-    assert even.item() == pytest.approx(math.log(2))
 
 
 def test_losses_agree_with_float64():

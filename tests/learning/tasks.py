@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from upslope.config import PRESETS, load_recipe
+from upslope.config import load_recipe
 from upslope.engine import Engine
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.heads import ActorCritic
@@ -32,6 +32,8 @@ from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 
 EOS, SYMBOLS = 0, (1, 2, 3, 4)
+RATE = 4e-3  # learning rate of a rollout's only optimizer step
+MAX_KL = 0.05  # nats a token, beyond which a rollout is used no further; the trust region has its own, harder bound
 SHAPE = DecoderConfig(
     vocab_size=5, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64, context=16, tied=False
 )
@@ -147,18 +149,14 @@ def teacher(task: Task) -> Decoder:
 
 
 def recipe_of(variant: str, task: Task, seed: int, steps: int):
-    """A small recipe: 64 episodes a rollout, whatever the algorithm."""
+    """A small recipe: 128 episodes a rollout, whatever the algorithm."""
     keys = VARIANTS[variant]
     grouped = keys["algorithm"] in ("rloo", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "raft")
     own = {"teacher": "made"} if keys["algorithm"] == "gkd" else {"reward": "made:here"}
     size = {"prompts": 16, "samples": 8} if grouped else {"prompts": 128, "samples": 1}
-    several = PRESETS[keys["algorithm"]].get("minibatches") != 1  # optimizer steps a rollout: each may be the smaller
-    optim = {"lr": 1.5e-3 if several else 4e-3, "eps": 1e-5, "beta2": 0.99}
-    base = {"steps": steps, "max_tokens": task.max_tokens, "slots": 128, "kl": 0.01, "optim": optim} | size
+    base = {"steps": steps, "max_tokens": task.max_tokens, "slots": 128, "kl": 0.01} | size
     if keys["algorithm"] in ("dr-grpo", "dapo", "gspo", "cispo", "raft", "gkd"):
         del base["kl"]
-    if several and "trust" not in PRESETS[keys["algorithm"]]:
-        base["trust"] = {"max_kl": 0.03}
     table = {
         "name": "learning",
         "model": "made",
@@ -168,7 +166,13 @@ def recipe_of(variant: str, task: Task, seed: int, steps: int):
         "data": {"rows": "made", "prompt": "p"},
         "rl": base | own | keys,
     }
-    return load_recipe(table)
+    rl = load_recipe(table).rl
+    assert rl is not None
+    several = rl.epochs * rl.minibatches  # optimizer steps a rollout: the more, the smaller
+    changes = [f"rl.optim.lr={RATE / several}", "rl.optim.eps=1e-5"]
+    if several > 1 and rl.update == "gradient":
+        changes.append(f"rl.trust.max_kl={MAX_KL}")
+    return load_recipe(table, changes)
 
 
 def learn(variant: str, task: Task, seed: int, steps: int) -> Outcome:
@@ -209,3 +213,20 @@ def learn(variant: str, task: Task, seed: int, steps: int) -> Outcome:
         seconds=time.perf_counter() - start,
         rollouts=len(metrics),
     )
+
+
+def learned(variant: str, task: Task, outcome: Outcome) -> bool:
+    """Paid as well as the task asks; less where a tight KL target stands against it."""
+    return outcome.reward >= (0.6 if "target" in variant else task.enough)
+
+
+def held(variant: str, outcome: Outcome) -> bool:
+    """The trust region's bound exactly; a KL target within a third; no update past ten times where it should end.
+
+    A bound that only ends a rollout's use is read before each optimizer step: the last step may pass it.
+    """
+    if variant == "trpo":
+        return outcome.moved <= 0.01
+    if "target" in variant and outcome.kl > 2.0:
+        return False
+    return outcome.moved <= 10 * MAX_KL

@@ -173,6 +173,40 @@ def test_c48_pairs_with_equal_sides_are_dropped_and_counted(tokenizer):
     assert len(found) == 1 and account.dropped == {"with two equal sides": 1}
 
 
+def test_c48_pairs_from_labels_with_equal_tokens_are_dropped_and_counted(tokenizer):
+    rows = table(t=["a film", "a film", "a dull film", "a film of all films that there are"])
+    found, account = prepare.label_pairs([(0, 1), (0, 2), (0, 3)], rows, tokenizer, text="t", max_tokens=9)
+    assert found == [prepare.Pair([*tokenizer.encode("a film"), 2], [*tokenizer.encode("a dull film"), 2])]
+    assert account.dropped == {"with two equal sides": 1, "longer than 9 tokens": 1}
+
+
+def test_pairs_know_their_prompt_and_their_margin(tokenizer):
+    rows = table(p=["a film: ", None, "b"], c=["fine", "x", None], r=["dull", "y", "b"], m=["0.5", "2", " 1e-1 "])
+    columns = {"chosen": "c", "rejected": "r", "prompt": "p", "margin": "m"}
+    found, account = prepare.pair_examples(rows, tokenizer, max_tokens=30, **columns)
+    assert [p.margin for p in found] == [0.5, 2.0] and account.dropped == {"that are no text": 1}
+    for pair, prompt in zip(found, ("a film: ", ""), strict=True):
+        ids = tokenizer.encode(prompt)
+        assert pair.prompt_length == len(ids) and pair.chosen[: len(ids)] == pair.rejected[: len(ids)] == ids
+    assert tokenizer.decode(found[0].chosen[found[0].prompt_length :], skip_special=False) == "fine<|im_end|>"
+
+
+def test_a_whole_text_of_an_eos_alone_has_nothing_to_learn_and_an_empty_answer_has_its_end(tokenizer):
+    rows = table(p=["b", "b"], c=["a", "a"], r=["", "b"])
+    made, account = prepare.pair_examples(rows, tokenizer, chosen="c", rejected="r", prompt=None, max_tokens=9)
+    assert len(made) == 1 and account.dropped == {"with nothing to learn in one side": 1}
+    made, _ = prepare.pair_examples(rows, tokenizer, chosen="c", rejected="r", prompt="p", max_tokens=9)
+    assert made[0].rejected == [*tokenizer.encode("b"), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("margin", ["two", None, "nan", "inf"])
+def test_margins_that_are_no_number_are_dropped_and_counted(tokenizer, margin):
+    rows = table(c=["a", "b"], r=["b", "c"], m=["1", margin])
+    columns = {"chosen": "c", "rejected": "r", "prompt": None, "margin": "m"}
+    found, account = prepare.pair_examples(rows, tokenizer, max_tokens=9, **columns)
+    assert [p.margin for p in found] == [1.0] and account.dropped == {"whose m is no number": 1}
+
+
 def test_prompts_are_first_words_and_draw_their_number_by_the_text_alone(tokenizer):
     texts = ["a fine film, full of life", "short", "the best of them all"]
     made, account = prepare.prompts(table(t=texts), tokenizer, text="t", words=(2, 3), max_tokens=50)

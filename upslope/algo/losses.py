@@ -1,4 +1,4 @@
-"""Per-token and per-pair losses: not reduced, with detached per-element statistics beside them.
+"""Per-token losses: not reduced, with detached per-element statistics beside them.
 
 The caller divides sums by denominators of the whole optimizer batch (reduce.py).
 """
@@ -182,27 +182,10 @@ def value_loss(
     if old_value_A is None:
         raise ValueError("clip needs old_value_A")
     old_value_A = old_value_A.detach()
-    near_A = old_value_A + (value_A - old_value_A).clamp(-clip, clip)
+    near_A = torch.clamp(value_A, old_value_A - clip, old_value_A + clip)  # inside, the value itself, to the last digit
     near_loss_A = _regression(near_A, return_A, kind)
     clipped_A = (near_loss_A > loss_A).to(return_A.dtype).detach()
     return torch.maximum(loss_A, near_loss_A), {"clipped_A": clipped_A}
-
-
-def bradley_terry_loss(
-    chosen_B: Float[Tensor, " B"],
-    rejected_B: Float[Tensor, " B"],
-    *,
-    margin_B: Float[Tensor, " B"] | None = None,
-) -> tuple[Float[Tensor, " B"], Stats]:
-    """Minus the log-likelihood that the chosen one of each pair wins.
-
-        L = -log sigmoid(s_chosen - s_rejected - margin)
-
-    Statistics: correct_B, margin_B. Bradley and Terry 1952; margins: Touvron et al. 2023 (arXiv 2307.09288).
-    """
-    gap_B = chosen_B - rejected_B
-    stats = {"correct_B": (gap_B > 0).to(gap_B.dtype).detach(), "margin_B": gap_B.detach()}
-    return -F.logsigmoid(gap_B if margin_B is None else gap_B - margin_B), stats
 
 
 def _regression(value_A: Tensor, return_A: Tensor, kind: str) -> Tensor:

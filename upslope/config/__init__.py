@@ -6,7 +6,7 @@ A recipe has up to six stages, run in this order: pretrain, sft, reward, prefere
 defaults for all of them; a stage's own `[stage.optim]` wins. Neither torch nor anything slow is imported here.
 """
 
-from upslope.config.load import describe, find_recipe, load_recipe, shipped_recipes
+from upslope.config.load import describe, find_recipe, load_recipe, read_recipe, shipped_recipes
 from upslope.config.presets import PRESETS
 from upslope.config.recipe import POLICY_STAGES, STAGES, Recipe
 from upslope.config.rl import RL, Trust
@@ -29,5 +29,6 @@ __all__ = [
     "describe",
     "find_recipe",
     "load_recipe",
+    "read_recipe",
     "shipped_recipes",
 ]

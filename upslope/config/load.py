@@ -20,7 +20,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Raises RecipeError, in one line: the key, the value seen, and what to change.
     """
-    raw = dict(source) if isinstance(source, Mapping) else _read_toml(find_recipe(source))
+    raw = read_recipe(source)
     try:
         raw = json.loads(json.dumps(raw))  # a copy down to the leaves: the caller's tables stay as they are
     except TypeError as error:
@@ -36,6 +36,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(*_explain(error)) from None
+
+
+def read_recipe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a recipe as they are written, unchecked."""
+    return dict(source) if isinstance(source, Mapping) else _read_toml(find_recipe(source))
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -113,7 +113,7 @@ class Preference(Table):
     init: str | None = None
     loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
     beta: Above0 | None = None  # how far from the reference; default: the loss's published one
-    margin: Rate = 0.0  # simpo's target margin, in nats per token
+    margin: Rate | None = None  # simpo's target margin, in nats per token (its gamma / beta); default: the paper's 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # dpo: share of pairs taken to be the wrong way round
     sft_weight: Rate = 0.0  # of the likelihood of the chosen side, beside the loss (orpo: 1 by definition)
     steps: Positive = 100
@@ -125,10 +125,17 @@ class Preference(Table):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Preference:
-        if self.margin and self.loss != "simpo":
-            raise ValueError(f"margin = {self.margin:g} has no place in {self.loss}: it is simpo's; set it to 0")
+        if self.margin is not None and self.loss != "simpo":
+            raise ValueError(f"margin = {self.margin:g} has no place in {self.loss}: it is simpo's; remove it")
         if self.label_smoothing and self.loss != "dpo":
             raise ValueError(f"label_smoothing = {self.label_smoothing:g} is dpo's, not {self.loss}'s: set it to 0")
+        if self.sft_weight and self.loss == "orpo":
+            raise ValueError(
+                f"sft_weight = {self.sft_weight:g} has no place in orpo, where it is 1: remove it, and weigh the "
+                "other term with beta"
+            )
+        if self.loss == "kto" and self.batch < 2:
+            raise ValueError("batch = 1 leaves kto no mismatched pair to read its reference point from: set 2 or more")
         return self
 
 

@@ -6,6 +6,7 @@ Every function returns (what was made, Account) and raises DataError, naming the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,10 +61,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two whole texts, the better one first."""
+    """Two whole texts, the better one first, which share their first `prompt_length` tokens: the prompt.
+
+    margin: by how much the better one is better, where the data say so.
+    """
 
     chosen: list[int]
     rejected: list[int]
+    prompt_length: int = 0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -208,21 +214,49 @@ def pairs(
 
 
 def pair_examples(
-    rows: Dataset, tokenizer: Tokenizer, *, chosen: str, rejected: str, prompt: str | None, max_tokens: int
+    rows: Dataset,
+    tokenizer: Tokenizer,
+    *,
+    chosen: str,
+    rejected: str,
+    prompt: str | None,
+    max_tokens: int,
+    margin: str | None = None,
 ) -> tuple[list[Pair], Account]:
-    """Pairs from columns, an EOS behind each text; pairs too long or with two equal sides are dropped."""
+    """Pairs from columns, an EOS behind each text, the prompt in front of both.
+
+    What is no text or no number is dropped, and pairs too long, with two equal sides, or with nothing to learn in one.
+    """
     account = Account(len(rows), unit="pairs")
-    made = []
+    made: list[Pair] = []
     starts = rows[prompt] if prompt else [""] * len(rows)
-    for i, (start, better, other) in enumerate(zip(starts, rows[chosen], rows[rejected], strict=True)):
+    margins = rows[margin] if margin else [0.0] * len(rows)
+    for i, (start, better, other, by) in enumerate(zip(starts, rows[chosen], rows[rejected], margins, strict=True)):
+        number = _number(by)
+        if not all(isinstance(text, str) for text in (start or "", better, other)):
+            account.drop("that are no text", i)
+            continue
+        if number is None:
+            account.drop(f"whose {margin} is no number", i)
+            continue
         first = tokenizer.encode(start or "") if prompt else []
-        one, two = ([*first, *tokenizer.encode(t or "", special=not prompt), tokenizer.eos_id] for t in (better, other))
-        if one == two:
-            account.drop("with two equal sides", i)
-        elif max(len(one), len(two)) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
-        else:
-            made.append(Pair(one, two))
+        one, two = ([*first, *tokenizer.encode(t, special=not prompt), tokenizer.eos_id] for t in (better, other))
+        _add_pair(made, account, i, Pair(one, two, len(first), number), max_tokens)
+    return made, account.close(len(made))
+
+
+def label_pairs(
+    found: Sequence[tuple[int, int]], rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int
+) -> tuple[list[Pair], Account]:
+    """Pairs of whole texts from (better row, other row), an EOS behind each; dropped as by `pair_examples`."""
+    account = Account(len(found), unit="pairs")
+    texts = rows[text]
+    ids = {
+        row: [*tokenizer.encode(texts[row]), tokenizer.eos_id] for row in sorted({r for pair in found for r in pair})
+    }
+    made: list[Pair] = []
+    for better, other in found:
+        _add_pair(made, account, better, Pair(ids[better], ids[other]), max_tokens)
     return made, account.close(len(made))
 
 
@@ -289,6 +323,27 @@ def _fitting(
         else:
             kept.append(Example(ids, learned, i))
     return kept, account.close(len(kept))
+
+
+def _add_pair(made: list[Pair], account: Account, row: int, pair: Pair, max_tokens: int) -> None:
+    sides = (pair.chosen, pair.rejected)
+    if pair.chosen == pair.rejected:
+        account.drop("with two equal sides", row)
+    elif max(map(len, sides)) > max_tokens:
+        account.drop(f"longer than {max_tokens} tokens", row)
+    elif min(map(len, sides)) <= max(pair.prompt_length, 1):  # a first token is predicted by nothing
+        account.drop("with nothing to learn in one side", row)
+    else:
+        made.append(pair)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one written as text, as in a CSV file; None for anything else."""
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _is_chat(turns: Any) -> bool:

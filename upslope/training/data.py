@@ -26,7 +26,7 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     source = rows if rows is not None else resolve(data.rows)
     table = load_rows(source, limit=data.limit)
     columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
-    wanted = [c for c in [*columns, data.group, *data.keep] if c]
+    wanted = [c for c in [*columns, data.margin, data.group, *data.keep] if c]
     name = data.rows if rows is None else "the rows given"
     require_columns(table, wanted, name)
     table, account = prepare.clean(
@@ -62,34 +62,39 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
 
 
 def preference_pairs(
-    run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int, seed: int
+    run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int
 ) -> list[prepare.Pair]:
-    """Pairs of whole texts: from chosen and rejected columns, or from the labels of one group's rows."""
+    """Pairs for a stage: from chosen and rejected columns, or whole texts from the labels of one group's rows."""
     data = run.recipe.data
     if data.chosen and data.rejected:
         pairs, account = prepare.pair_examples(
-            rows, tokenizer, chosen=data.chosen, rejected=data.rejected, prompt=data.prompt, max_tokens=data.max_tokens
+            rows,
+            tokenizer,
+            chosen=data.chosen,
+            rejected=data.rejected,
+            prompt=data.prompt,
+            max_tokens=data.max_tokens,
+            margin=data.margin,
         )
-        run.account(f"{side} pairs: {account}", "reward")
+        run.account(f"{side} pairs: {account}", stage)
         return pairs
     if not (data.text and data.label and data.prefer):
-        raise DataError("[reward] needs texts to pair", "set data.text beside data.label and data.prefer")
-    chosen_rejected, account = prepare.pairs(
+        raise DataError(f"[{stage}] needs texts to pair", "set data.text beside data.label and data.prefer")
+    seed = run.recipe.seed
+    found, account = prepare.pairs(
         rows, text=data.text, label=data.label, prefer=data.prefer, group=data.group, per_group=per_group, seed=seed
     )
-    run.account(f"{side} pairs: {account}", "reward")
-    examples, account = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
-    ids = {example.row: example.ids for example in examples}
-    kept = [prepare.Pair(ids[c], ids[r]) for c, r in chosen_rejected if c in ids and r in ids]
-    if len(kept) < len(chosen_rejected):
-        run.account(f"{side} pairs: {len(chosen_rejected) - len(kept)} too long: {account}", "reward")
-    return kept
+    run.account(f"{side} pairs: {account}", stage)
+    pairs, account = prepare.label_pairs(found, rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
+    if account.dropped:
+        run.account(f"{side} pairs: {account}", stage)
+    return pairs
 
 
-def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Prompt]:
+def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:
+    """Prompts that leave room for the completions of a stage, rl or expert, within data.max_tokens."""
     data = run.recipe.data
-    rl = run.recipe.rl
-    assert rl is not None
+    room = data.max_tokens - getattr(run.recipe, stage).max_tokens
     prompts, account = prepare.prompts(
         rows,
         tokenizer,
@@ -97,7 +102,7 @@ def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str) -> li
         text=data.text if data.prompt_words else None,
         words=data.prompt_words,
         messages=data.messages if not data.prompt else None,
-        max_tokens=data.max_tokens - rl.max_tokens,
+        max_tokens=room,
     )
-    run.account(f"{side} prompts: {account}", "rl")
+    run.account(f"{side} prompts: {account}", stage)
     return prompts

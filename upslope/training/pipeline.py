@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from upslope.config import POLICY_STAGES, Recipe, describe
+from upslope.config import POLICY_STAGES, RL, Recipe, describe
 from upslope.engine import Engine
 from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
 from upslope.models.decoder import Decoder
@@ -20,10 +20,12 @@ from upslope.observe.report import write_report
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
+from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
+from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
+from upslope.training.preference import run_pairs
 from upslope.training.probe import ProbeSource, probe_folder
-from upslope.training.reward_model import run_reward
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
@@ -39,6 +41,14 @@ class Given:
 
     reward: Callable[..., Any] | None = None
     rows: Any = None
+
+    @property
+    def reward_name(self) -> str | None:
+        """What the recipe calls the caller's reward; any other name is a source of its own."""
+        if self.reward is None:
+            return None
+        module = getattr(self.reward, "__module__", "python")
+        return f"{module}:{getattr(self.reward, '__qualname__', type(self.reward).__name__)}"
 
 
 @dataclass
@@ -58,8 +68,10 @@ class Pipeline:
     def source_of(self, stage: str) -> str:
         """The model that a stage starts from: its own init, the nearest policy stage before it, or the recipe's."""
         init = getattr(self.recipe, stage).init
-        if init:
-            return str(init)
+        return str(init) if init else self.source_before(stage)
+
+    def source_before(self, stage: str) -> str:
+        """The policy as it is when a stage begins."""
         before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
         return str(self.stage_folder(before[-1]) / "model") if before else self.recipe.model
 
@@ -76,30 +88,33 @@ class Pipeline:
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
 
+    def limit(self, key: str) -> Any:
+        """A setting of [rl] that other stages share; its default where there is no [rl]."""
+        return getattr(self.recipe.rl, key) if self.recipe.rl else RL.model_fields[key].default
+
     def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
         """A function of the user's in its worker process, under the limits of [rl]."""
-        rl, stop = self.recipe.rl, self.run.should_stop
-        assert rl is not None
-        return FunctionSource(source, name, timeout_s=rl.timeout_s, memory_gb=rl.memory_gb, should_stop=stop)
+        seconds, gb = self.limit("timeout_s"), self.limit("memory_gb")
+        return FunctionSource(source, name, timeout_s=seconds, memory_gb=gb, should_stop=self.run.should_stop)
 
-    def scorer(self) -> Scorer:
-        """The rewards of [rl], by weight."""
+    def scorer(self, stage: str = "rl") -> Scorer:
+        """The rewards of [rl] or [expert], by weight."""
         rl = self.recipe.rl
-        assert rl is not None
+        rewards = self.recipe.expert_rewards if stage == "expert" else rl.rewards if rl else {}
         sources: list[Source] = []
-        for name in rl.rewards:
-            if self.given.reward is not None:
+        for name in rewards:
+            if self.given.reward is not None and name == self.given.reward_name:
                 label = getattr(self.given.reward, "__name__", "reward")
                 sources.append(self.function_source(self.given.reward, label))
             elif name == "stage:reward":
                 model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
                 model.trunk.compute_dtype = self.run.dtype
                 model.to(self.run.device).requires_grad_(False)
-                budget, stop = rl.optim.micro_tokens, self.run.should_stop
+                budget, stop = getattr(self.recipe, stage).optim.micro_tokens, self.run.should_stop
                 sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, budget, stop))
             else:
                 sources.append(self.function_source(name, source_name(name)))
-        return Scorer(sources, list(rl.rewards.values()), rl.max_failures, self.tokenizer.pieces)
+        return Scorer(sources, list(rewards.values()), self.limit("max_failures"), self.tokenizer.pieces)
 
 
 def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, plain: bool | None = None) -> Path:
@@ -160,10 +175,16 @@ def plan_work(recipe: Recipe) -> dict[str, float]:
             plan[name] = 3 * MEAN_TOKENS * stage.steps * stage.batch
     if recipe.reward:
         plan["reward"] = 2 * 2 * MEAN_TOKENS * recipe.reward.steps * recipe.reward.batch
+    if recipe.preference:
+        plan["preference"] = (3 + 1) * 2 * MEAN_TOKENS * recipe.preference.steps * recipe.preference.batch
     if recipe.rl:
         rl = recipe.rl
         tokens = 0.6 * rl.max_tokens + 6
         plan["rl"] = rl.steps * rl.episodes * tokens * (5 + 3 * rl.epochs)
+    if recipe.expert:
+        e = recipe.expert
+        plan["expert"] = 3 * MEAN_TOKENS * e.steps * e.batch + 5 * MEAN_TOKENS * e.prompts * e.samples
+    if recipe.rl:
         plan["eval"] = 2 * recipe.eval.prompts * tokens * 7
     return plan
 
@@ -178,14 +199,18 @@ def _supervised(stage: str) -> Callable[[Pipeline], None]:
     return run_stage
 
 
-def _reward(p: Pipeline) -> None:
-    cfg = p.recipe.reward
-    assert cfg is not None
-    seed = p.recipe.seed
-    train = preference_pairs(p.run, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group, seed)
-    valid = preference_pairs(p.run, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group, seed)
-    model = RewardModel(p.decoder(p.source_of("reward"), trained=True)).to(p.run.device)
-    run_reward(p.run, cfg, model, p.tokenizer, train, valid)
+def _pairs(stage: str) -> Callable[[Pipeline], None]:
+    def run_stage(p: Pipeline) -> None:
+        cfg = getattr(p.recipe, stage)
+        train = preference_pairs(p.run, stage, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group)
+        valid = preference_pairs(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group)
+        model = p.decoder(p.source_of(stage), trained=True)
+        learner: Learner = (
+            RewardLearner(RewardModel(model).to(p.run.device)) if stage == "reward" else PolicyLearner(model, cfg)
+        )
+        run_pairs(p.run, cfg, learner, p.tokenizer, train, valid)
+
+    return run_stage
 
 
 def _rl(p: Pipeline) -> None:
@@ -221,6 +246,34 @@ def _rl(p: Pipeline) -> None:
         run_rl(p.run, rl, Actors(model, frozen, engine, scorer, p.tokenizer), prompts)
     finally:
         scorer.close()
+
+
+def _expert(p: Pipeline) -> None:
+    cfg = p.recipe.expert
+    assert cfg is not None
+    train = make_prompts(p.run, p.splits["train"], p.tokenizer, "train", "expert")[: cfg.prompts]
+    watched = make_prompts(p.run, _held_out(p.splits), p.tokenizer, "held-out", "expert")
+    watched = watched[: max(1, len(train) // HELD_OUT_SHARE)]
+    episodes = read_samples(p.run, (len(train) + len(watched)) * cfg.samples)
+    if episodes is None:
+        policy = p.decoder(p.source_before("expert"), trained=False)
+        engine = Engine(
+            DecoderRunner(policy, dtype=p.run.dtype),
+            eos_id=p.tokenizer.eos_id,
+            slots=p.limit("slots"),
+            seed=p.recipe.seed,
+            text_of=p.tokenizer.decode,
+            valid_vocab=p.tokenizer.vocab_size,
+        )
+        engine.load(policy, version=0)
+        scorer = p.scorer("expert")
+        try:
+            episodes = draw_samples(p.run, cfg, engine, p.tokenizer, scorer, train, watched)
+        finally:
+            scorer.close()
+        del engine, policy, scorer  # room for what is fitted
+    model = p.decoder(p.source_of("expert"), trained=True)
+    run_expert(p.run, cfg, model, p.tokenizer, episodes, len(train))
 
 
 def _check_teacher(source: str | None, teacher: Decoder | None, policy: Decoder) -> None:
@@ -274,8 +327,10 @@ def _judges(p: Pipeline) -> Scorer:
 STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
     "pretrain": _supervised("pretrain"),
     "sft": _supervised("sft"),
-    "reward": _reward,
+    "reward": _pairs("reward"),
+    "preference": _pairs("preference"),
     "rl": _rl,
+    "expert": _expert,
     "eval": evaluate_run,
 }
 

@@ -3,6 +3,7 @@
 OUT/recipe.json          the resolved recipe, the seed of every stage's randomness
 OUT/events.jsonl         everything that happened, one JSON object a line
 OUT/episodes.jsonl       every completion that was trained on: ids, log-probabilities, rewards
+OUT/expert/samples.jsonl what the stage expert sampled and which of it was kept
 OUT/STAGE/checkpoints/   while a stage runs
 OUT/STAGE/model/         when it is done: Hugging Face layout
 OUT/STAGE/done.json      its closing metrics, and how long the logs were
@@ -184,7 +185,8 @@ class Run:
             )
 
     def _has_progress(self) -> bool:
-        return any(any(self.folder.glob(pattern)) for pattern in ("*/done.json", "*/checkpoints/*"))
+        patterns = ("*/done.json", "*/checkpoints/*", "*/samples.jsonl")
+        return any(any(self.folder.glob(pattern)) for pattern in patterns)
 
     def _log_sizes(self) -> dict[str, int]:
         for stage in reversed([*self.recipe.stages, "eval"]):

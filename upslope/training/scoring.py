@@ -12,7 +12,7 @@ from upslope.models.heads import RewardModel
 from upslope.rewards.functions import FunctionReward
 from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode
-from upslope.training.reward_model import score_texts
+from upslope.training.pairs import score_texts
 
 
 class Source(Protocol):

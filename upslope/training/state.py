@@ -26,8 +26,9 @@ from upslope.training.update import optimizer_tensors, restore_optimizer
 class RunState:
     """Model, optimizer and counters of the stage that runs.
 
-    step counts optimizer steps, rollout finished rollouts; pending holds the tensors of a rollout in use, companion is
-    a model that does not learn but is renewed now and then, and extra the small state of controllers, as JSON values.
+    step counts optimizer steps, rollout finished rollouts; pending holds the tensors of a rollout in use (or what a
+    reference said of preference pairs), companion is a model that does not learn but is renewed now and then, and extra
+    the small state of controllers, as JSON values.
     """
 
     stage: str

@@ -1,0 +1,22 @@
+"""The small form of `make learning`: every algorithm maximises the bandit, and some learn the rule, on one seed."""
+
+import pytest
+
+from tests.learning.tasks import TASKS, VARIANTS, held, learn, learned
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_algorithm_maximises_a_one_token_bandit(variant):
+    outcome = learn(variant, TASKS["bandit"], seed=1, steps=30)
+    assert learned(variant, TASKS["bandit"], outcome) and held(variant, outcome), outcome
+
+
+@pytest.mark.parametrize("variant", ["ppo", "reinforce", "grpo"])
+def test_a_short_rule_is_learned_from_sparse_reward(variant):
+    outcome = learn(variant, TASKS["rule"], seed=1, steps=60)
+    assert learned(variant, TASKS["rule"], outcome) and held(variant, outcome), outcome
+
+
+def test_a_policy_that_knows_nothing_is_paid_little():
+    assert learn("reinforce", TASKS["rule"], seed=1, steps=1).reward < 0.15
+    assert learn("reinforce", TASKS["bandit"], seed=1, steps=1).reward < 0.6

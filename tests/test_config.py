@@ -181,3 +181,22 @@ def test_none_switches_off_a_number_that_may_be_absent():
     assert rl.value_clip is None
     assert "rl.lam = 'none'" in refused("rl.lam=none")
     assert load_recipe(BASE, ["data.text=none"]).data.text == "none"  # a column may be called so
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "gkd"])
+def test_one_word_changes_the_algorithm_of_a_shipped_recipe(name):
+    rl = load_recipe("sentiment-ppo", [f"rl.algorithm={name}"]).rl
+    assert rl.algorithm == name and rl.max_tokens == 24
+    for key, value in PRESETS[name].items():
+        if name != "ppo" and key != "trust":
+            assert getattr(rl, key) == value
+
+
+def test_a_table_of_an_algorithm_holds_for_it_alone_and_below_what_rl_says():
+    rl = dict(BASE["rl"], ppo={"epochs": 7, "lam": 0.5}, grpo={"samples": 3})
+    assert load_recipe(BASE | {"rl": rl}).rl.epochs == 7
+    assert load_recipe(BASE | {"rl": rl}, ["rl.epochs=1"]).rl.epochs == 1  # the command line wins
+    grouped = load_recipe(BASE | {"rl": rl}, ["rl.algorithm=grpo"]).rl
+    assert grouped.samples == 3 and grouped.epochs == 1
+    with pytest.raises(RecipeError, match=r"unknown key grpo\.sampels; use a key of \[rl\]"):
+        load_recipe(BASE | {"rl": dict(BASE["rl"], grpo={"sampels": 3})})

@@ -45,7 +45,7 @@ VARIANTS = {
     "ppo, KL target in the reward": {"algorithm": "ppo", "kl": 0.2, "kl_target": 1.5, "kl_horizon": 2000},
     "ppo, exact KL in the loss": {"algorithm": "ppo", "kl": 0.02, "kl_in": "loss", "kl_estimator": "exact"},
     "ppo-kl": {"algorithm": "ppo-kl"},
-    "trpo": {"algorithm": "trpo", "critic": "separate"},
+    "trpo": {"algorithm": "trpo"},
     "a2c": {"algorithm": "a2c"},
     "reinforce": {"algorithm": "reinforce"},
     "reinforce, no baseline": {"algorithm": "reinforce", "baseline": "none"},

@@ -15,7 +15,8 @@ from upslope.config.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+RECORDS = {"reliability.md"}  # written by commands, figure by figure: in English only
+PAGES = sorted(page for page in DOCS.glob("*.md") if page.name not in RECORDS)
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 WORDS = {

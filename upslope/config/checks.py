@@ -44,8 +44,7 @@ def _credit(rl: RL) -> Iterator[str]:
             f"credit = gae reads a critic's values, not baseline = {rl.baseline}: set baseline = critic, or "
             "credit = to_go or episode"
         )
-    grouped = rl.baseline in GROUP_BASELINES or rl.scale == "group"
-    if grouped and rl.samples < 2:
+    if rl.compares_groups and rl.samples < 2:
         key = "baseline" if rl.baseline in GROUP_BASELINES else "scale"
         yield (
             f"{key} = {getattr(rl, key)} compares the samples of a prompt and there is one (samples = {rl.samples}), "

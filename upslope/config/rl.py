@@ -119,6 +119,10 @@ class RL(Table):
         return self.credit == "gae" or self.baseline == "critic" or self.limit == "bootstrap"
 
     @property
+    def compares_groups(self) -> bool:
+        return self.baseline in ("group", "leave_one_out", "best") or self.scale == "group"
+
+    @property
     def uses_reference(self) -> bool:
         return self.kl > 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.learning.tasks import VARIANTS
 from upslope.config import RL
 from upslope.config.presets import PRESETS
 
@@ -169,12 +170,14 @@ def test_the_table_of_algorithms_is_the_presets(language):
         found = dict(span.split(" = ") for span in re.findall(r"`([^`]* = [^`]*)`", rows[name][0]))
         assert found == {key: written(value) for key, value in flat(preset)}, name
         assert rows[name][1] == needs(name, WORDS[language]), name
-    losses = [row[0] for row in table(text.split("<!-- /keys -->")[1])]
+    between = text.split("<!-- /keys -->")[1].split("<!-- learning table -->")[0]
+    losses = [row[0] for row in table(between)]
     assert losses == list(PRESETS)
     assert re.findall(r"^- \*\*(.+?)\*\*[:：]", text, re.M) == list(PRESETS)
     source = (ROOT / "upslope" / "config" / "presets.py").read_text()
     assert set(re.findall(r"arXiv (\d{4}\.\d{5})", source)) <= set(re.findall(r"abs/(\d{4}\.\d{5})", text))
-    assert text.count("<!-- learning table -->") == 1
+    learned = re.search(r"<!-- learning table -->\n(.*?)<!-- /learning table -->", text, re.S)[1]
+    assert [row[0] for row in table(learned)] == list(VARIANTS)
 
 
 def table(text):

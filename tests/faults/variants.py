@@ -30,7 +30,8 @@ LONG: Mapping[str, dict[str, Any]] = {
     "ppo-separate": {"critic": "separate", "limit": "bootstrap", "entropy_weight": 0.01},
     "grpo": {"algorithm": "grpo", "samples": 3, "epochs": 1, "minibatches": 1},
     "trpo": {"algorithm": "trpo", "epochs": 1, "minibatches": 1},
-    "nlpo": {"algorithm": "nlpo", "mask_every": 2},
+    # long and fast enough that the copy which the last rollout is cut by is neither the start nor the policy
+    "nlpo": {"algorithm": "nlpo", "mask_every": 2, "steps": 4, "optim": {"lr": 0.03}},
 }
 # Only rl, by a function's reward: name of an algorithm -> what it changes in its row; `reward` names one of REWARD
 ALGORITHMS: Mapping[str, dict[str, Any]] = {

@@ -144,6 +144,13 @@ GROUPED = ["rl.algorithm=grpo"]
         ([*GROUPED, "rl.baseline=best", "rl.scale=none"], "baseline = best learns by likelihood"),
         (["rl.kl=0", "rl.kl_target=1"], "kl_target adapts a coefficient that is 0"),
         (["rl.importance_cap=3"], "importance_cap = 3.0 has no effect with importance = none"),
+        (["rl.algorithm=raft", "rl.scale=batch"], "baseline = best with scale = batch would push the others down"),
+        (["rl.overlong=0.2", "rl.limit=bootstrap"], "overlong prices a cut that limit = bootstrap does not pay for"),
+        (["rl.value_weight=0"], "value_weight = 0 never trains the critic"),
+        ([*GROUPED, "rl.trust.max_kl=0.1"], "trust.max_kl bounds what several optimizer steps drift and there is one"),
+        (["rl.kl_target=1", "rl.kl_horizon=10"], "kl_horizon = 10 is too short for 64 episodes a rollout"),
+        (["rl.algorithm=trpo", "rl.importance=mask"], "importance = 'mask' has no effect with update = trust_region"),
+        (["rl.trust.cg_steps=5"], "trust.cg_steps = 5 has no effect with update = gradient"),
         (["rl.algorithm=pppo"], "rl.algorithm = 'pppo'"),
         (["expert.keep=5"], "keep = 5 of 4 samples"),
         (["preference.margin=1.0"], "margin = 1 has no place in dpo; it is simpo's"),
@@ -192,11 +199,22 @@ def test_one_word_changes_the_algorithm_of_a_shipped_recipe(name):
             assert getattr(rl, key) == value
 
 
-def test_a_table_of_an_algorithm_holds_for_it_alone_and_below_what_rl_says():
-    rl = dict(BASE["rl"], ppo={"epochs": 7, "lam": 0.5}, grpo={"samples": 3})
-    assert load_recipe(BASE | {"rl": rl}).rl.epochs == 7
-    assert load_recipe(BASE | {"rl": rl}, ["rl.epochs=1"]).rl.epochs == 1  # the command line wins
-    grouped = load_recipe(BASE | {"rl": rl}, ["rl.algorithm=grpo"]).rl
-    assert grouped.samples == 3 and grouped.epochs == 1
-    with pytest.raises(RecipeError, match=r"unknown key grpo\.sampels; use a key of \[rl\]"):
-        load_recipe(BASE | {"rl": dict(BASE["rl"], grpo={"sampels": 3})})
+def test_a_table_of_an_algorithm_holds_for_it_alone_above_rl_and_below_the_command_line():
+    own = {
+        "ppo": {"epochs": 7, "optim": {"lr": 1e-3}},
+        "grpo": {"samples": 3, "trust": {"max_kl": 0.5}, "minibatches": 4},
+    }
+    raw = BASE | {"rl": {**BASE["rl"], "prompts": 8, "epochs": 2, "optim": {"eps": 1e-5}, **own}}
+    ppo = load_recipe(raw).rl
+    assert (ppo.epochs, ppo.optim.lr, ppo.optim.eps) == (7, 1e-3, 1e-5)
+    assert load_recipe(raw, ["rl.epochs=1", "rl.optim.lr=1"]).rl.epochs == 1
+    assert load_recipe(raw, ["rl.optim.lr=1"]).rl.optim.lr == 1
+    assert load_recipe(raw, ["rl.ppo.epochs=5"]).rl.epochs == 5
+    grouped = load_recipe(raw, ["rl.algorithm=grpo"]).rl
+    assert (grouped.samples, grouped.epochs, grouped.trust.max_kl, grouped.optim.lr) == (3, 2, 0.5, 1e-5)
+    for bad, near in (
+        ({"sampels": 3}, "did you mean 'samples'"),
+        ({"algorithm": "ppo"}, "unknown key 'rl.grpo.algorithm'"),
+    ):
+        with pytest.raises(RecipeError, match=near):
+            load_recipe(BASE | {"rl": dict(BASE["rl"], grpo=bad)})

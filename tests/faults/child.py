@@ -30,6 +30,7 @@ LIMIT_S = 120.0
 def run(ask: dict[str, Any]) -> None:
     """What the forked process does; never returns."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     log = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -59,3 +59,15 @@ def test_without_eos_or_files_it_is_refused(tokenizer_dir, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="no usable tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_pieces_without_special_tokens_have_the_characters_of_the_text(tokenizer):
+    ids = [
+        *tokenizer.encode("a fine"),
+        tokenizer.eos_id,
+        *tokenizer.encode(" film \u00e9\U0001f600", special=False),
+        tokenizer.eos_id,
+    ]
+    pieces = tokenizer.pieces(ids, skip_special=True)
+    assert "".join(pieces) == tokenizer.decode(ids) and len(pieces) == len(ids)
+    assert pieces[ids.index(tokenizer.eos_id)] == "" == pieces[-1]

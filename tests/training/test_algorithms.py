@@ -71,3 +71,26 @@ def test_c55_every_algorithm_stopped_anywhere_ends_where_an_unbroken_run_ends(
         train(name, model_dir, rows, tmp_path / "run")
     monkeypatch.undo()
     same(outcome(train(name, model_dir, rows, tmp_path / "run")), outcome(finished(name)))
+
+
+def fails_sometimes(prompts, completions, rows):
+    return [None if sum(map(ord, text)) % 3 == 0 else float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "raft", "reinforce"])
+def test_c54_failed_rewards_cost_their_episodes_and_no_run(name, model_dir, rows, tmp_path):
+    recipe = recipe_of(name, model_dir, max_failures=0.9)
+    folder = upslope.train(recipe, reward=fails_sometimes, rows=rows, out=tmp_path / "run", plain=True)
+    _, events, episodes = outcome(folder)
+    failed = [e for e in episodes if e["failure"]]
+    assert failed and all(e["total"] is None for e in failed) and len(failed) < len(episodes)
+    steps = [e["metrics"] for e in events if e["kind"] == "step"]
+    assert sum(m["reward/failed"] for m in steps) > 0
+    assert sum(m["episodes/learned"] for m in steps) <= len(episodes) - len(failed)
+
+
+def test_ppo_kl_leads_its_penalty_by_what_the_steps_led_to(model_dir, rows, tmp_path):
+    folder = train("ppo-kl", model_dir, rows, tmp_path / "run", "rl.steps=4", "rl.trust.target=1e-6")
+    steps = [e["metrics"] for e in outcome(folder)[1] if e["kind"] == "step"]
+    assert [m["trust/coefficient"] for m in steps] == [1.0, 2.0, 4.0, 8.0]
+    assert all(m["policy/drift"] > 1e-5 for m in steps)

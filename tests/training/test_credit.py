@@ -6,7 +6,7 @@ import torch
 from tests.training.test_rollout import BASE
 from upslope.config import load_recipe
 from upslope.training.algorithms import Signal, credit
-from upslope.training.collect import charge_overlong, set_equal_groups_aside
+from upslope.training.collect import charge_overlong, set_equal_groups_aside, set_lonely_aside
 from upslope.training.controllers import Controllers
 from upslope.training.episode import Episode
 
@@ -70,6 +70,25 @@ def test_c23_c24_whitening_is_over_actions_and_statistics_are_from_before_it():
     assert scaled.advantage_A.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
     assert scaled.metrics == plain.metrics
     assert plain.metrics["advantage/std"] == pytest.approx(plain.advantage_A.std(correction=0).item())
+
+
+def test_the_deviation_before_scaling_is_that_of_the_rewards_for_groups_too():
+    wide = REWARD * 100
+    one = credited(credit="episode", baseline="group", scale="group", group=(0, 0, 0)).metrics["advantage/std"]
+    many = credited(credit="episode", baseline="group", scale="group", group=(0, 0, 0), reward=wide)
+    assert many.metrics["advantage/std"] == pytest.approx(100 * one, rel=1e-5)
+    assert many.advantage_A.abs().max() < 2
+
+
+def test_what_the_running_baseline_remembers_is_the_mean_of_what_it_stands_against():
+    assert credited(credit="episode", baseline="running").mean == pytest.approx((1.5 + 3.0 + 1.0) / 3)
+    assert credited(baseline="running").mean == pytest.approx(8.5 / 6)
+
+
+def test_c54_an_episode_left_alone_by_failures_has_no_group_to_be_compared_with():
+    episodes = [made(1, t, g) for g, ts in enumerate([(1, 0, None), (None, 1, None), (None,) * 3]) for t in ts]
+    set_lonely_aside(episodes)
+    assert [e.used for e in episodes] == [True] * 3 + [False] * 6
 
 
 def test_the_bias_of_the_lambda_return_is_measured_against_the_monte_carlo_return():

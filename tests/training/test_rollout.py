@@ -155,7 +155,9 @@ def test_c54_a_failed_reward_is_no_zero_and_too_many_stop_the_run():
     assert episodes[1].failure == "fixed: broke"
     episodes = [episode([1], [2], group=g) for g in range(4)]
     with pytest.raises(RewardError, match=r"1 of 4 rewards failed, the first with fixed: broke; .*now 0.2"):
-        Scorer([Fixed([1.0, float("nan"), 3.0, 4.0])], [1.0], 0.2).score(episodes, [{}] * 4)
+        scorer = Scorer([Fixed([1.0, float("nan"), 3.0, 4.0])], [1.0], 0.2)
+        scorer.score(episodes, [{}] * 4)
+        scorer.check(episodes)
 
 
 def test_steps_of_a_reward_stand_at_the_actions_that_finish_them():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from upslope.config.presets import PRESETS
+
 if TYPE_CHECKING:
     from upslope.config.rl import RL
 
@@ -42,8 +44,7 @@ def _credit(rl: RL) -> Iterator[str]:
             f"credit = gae reads a critic's values, not baseline = {rl.baseline}: set baseline = critic, or "
             "credit = to_go or episode"
         )
-    grouped = rl.baseline in GROUP_BASELINES or rl.scale == "group"
-    if grouped and rl.samples < 2:
+    if rl.compares_groups and rl.samples < 2:
         key = "baseline" if rl.baseline in GROUP_BASELINES else "scale"
         yield (
             f"{key} = {getattr(rl, key)} compares the samples of a prompt and there is one (samples = {rl.samples}), "
@@ -55,6 +56,8 @@ def _credit(rl: RL) -> Iterator[str]:
         yield f"gamma = {rl.gamma:g} discounts nothing where an episode is one action: set gamma = 1 or credit = to_go"
     if rl.baseline == "best" and rl.credit != "episode":
         yield f"baseline = best chooses whole episodes, not credit = {rl.credit}: set credit = episode"
+    if rl.baseline == "best" and rl.scale != "none":
+        yield f"baseline = best with scale = {rl.scale} would push the others down without a bound: set scale = none"
     if rl.baseline == "best" and rl.loss != "policy_gradient":
         yield f"baseline = best learns by likelihood, not loss = {rl.loss}: set loss = policy_gradient"
     if rl.resample and rl.samples < 2:
@@ -66,6 +69,10 @@ def _critic(rl: RL) -> Iterator[str]:
         asks = "credit = gae" if rl.credit == "gae" else "baseline = critic"
         asks = asks if rl.credit == "gae" or rl.baseline == "critic" else "limit = bootstrap"
         yield f"{asks} asks a critic and critic = none: set critic = shared, detached or separate"
+    if rl.uses_critic and rl.value_weight == 0 and rl.update == "gradient":
+        yield "value_weight = 0 never trains the critic that credit asks: set it above 0"
+    if rl.overlong and rl.limit == "bootstrap":
+        yield "overlong prices a cut that limit = bootstrap does not pay for: set overlong = 0 or limit = score"
     if not rl.uses_critic and rl.critic != "none":
         yield f"critic = {rl.critic} would be trained and never asked: set critic = none, or credit = gae"
 
@@ -99,6 +106,10 @@ def _trust(rl: RL) -> Iterator[str]:
             yield "update = trust_region has no other terms: set trust.penalty and entropy_weight to 0, kl_in = reward"
     elif rl.loss == "surrogate" and rl.epochs * rl.minibatches > 1 and not trust.penalty and trust.max_kl is None:
         yield "loss = surrogate is unbounded over several steps: set trust.penalty or trust.max_kl, or loss = clip"
+    for key in ("target", "max_kl"):
+        single = rl.update == "gradient" and rl.epochs * rl.minibatches == 1
+        if single and getattr(trust, key) is not None:
+            yield f"trust.{key} bounds what several optimizer steps drift and there is one a rollout: remove it"
     if trust.target is not None and not trust.penalty:
         yield "trust.target leads a penalty that is 0: set trust.penalty above 0"
 
@@ -132,6 +143,11 @@ def _distance(rl: RL) -> Iterator[str]:
         )
     if rl.kl_target is not None and not rl.kl:
         yield "kl_target adapts a coefficient that is 0: set kl above 0"
+    if rl.kl_target is not None and rl.episodes >= 5 * rl.kl_horizon:
+        yield (
+            f"kl_horizon = {rl.kl_horizon} is too short for {rl.episodes} episodes a rollout, one could turn the "
+            f"coefficient negative: set it above {rl.episodes // 5}"
+        )
 
 
 def _unused(rl: RL) -> Iterator[str]:
@@ -147,7 +163,14 @@ def _unused(rl: RL) -> Iterator[str]:
         ("clip_high", rl.loss not in ("clip", "sequence_clip", "cispo"), f"loss = {rl.loss}"),
         ("kl_horizon", rl.kl_target is None, "no kl_target"),
         ("importance_cap", rl.importance == "none", "importance = none"),
+        ("importance", rl.loss == "none", "loss = none"),
+        ("importance", rl.update == "trust_region", "update = trust_region"),
+        ("value_weight", rl.update == "trust_region", "update = trust_region, whose critic learns by itself"),
     ):
         default = type(rl).model_fields[key].default
-        if idle and getattr(rl, key) not in (default, None):
+        if idle and getattr(rl, key) not in (default, None, PRESETS[rl.algorithm].get(key)):
             yield f"{key} = {getattr(rl, key)!r} has no effect with {because}: remove it"
+    for key in ("damping", "cg_steps", "backtracks"):
+        default = type(rl.trust).model_fields[key].default
+        if rl.update == "gradient" and getattr(rl.trust, key) != default:
+            yield f"trust.{key} = {getattr(rl.trust, key)!r} has no effect with update = gradient: remove it"

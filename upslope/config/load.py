@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from upslope.config.presets import PRESETS
 from upslope.config.recipe import STAGES, Recipe
+from upslope.config.rl import RL
 from upslope.errors import RecipeError
 
 
@@ -25,8 +27,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         raw = json.loads(json.dumps(raw))  # a copy down to the leaves: the caller's tables stay as they are
     except TypeError as error:
         raise RecipeError(f"recipe: {error}", "use numbers, strings, lists and tables; paths as strings") from None
+    raw = _with_chosen_algorithm(raw, overrides)
     for override in overrides:
-        _apply(raw, override)
+        if not _is_of_an_algorithm(override):
+            _apply(raw, override)
     defaults = raw.get("optim", {})
     for stage in STAGES:
         table = raw.get(stage)
@@ -36,6 +40,41 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(*_explain(error)) from None
+
+
+def _with_chosen_algorithm(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """[rl] with the chosen algorithm's own table, [rl.NAME], over it; overrides say which, and stand above both."""
+    said = json.loads(json.dumps(raw))
+    for override in overrides:
+        _apply(said, override)
+    rl = said.get("rl")
+    if not isinstance(rl, dict) or not isinstance(raw.get("rl", {}), dict):
+        return raw
+    own = {name: rl[name] for name in PRESETS if isinstance(rl.get(name), dict)}
+    for name, table in own.items():
+        strange = next((key for key in table if key not in RL.model_fields or key == "algorithm"), None)
+        if strange is not None:
+            near = difflib.get_close_matches(strange, RL.model_fields, 1)
+            raise RecipeError(
+                f"recipe: unknown key 'rl.{name}.{strange}'", f"did you mean {near[0]!r}?" if near else "see [rl]"
+            )
+    written = {key: value for key, value in raw.get("rl", {}).items() if key not in own}
+    return {**raw, "rl": _over(written, own.get(str(rl.get("algorithm", "ppo")), {}))}
+
+
+def _over(table: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One table over another, tables inside them key by key."""
+    merged = dict(table)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "reward"
+        merged[key] = _over(merged[key], value) if both else value
+    return merged
+
+
+def _is_of_an_algorithm(override: str) -> bool:
+    """Whether an override is of a table [rl.NAME], which has been taken in already."""
+    parts = override.partition("=")[0].strip().split(".")
+    return len(parts) > 2 and parts[0] == "rl" and parts[1] in PRESETS
 
 
 def read_recipe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

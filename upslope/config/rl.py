@@ -44,7 +44,8 @@ class Trust(Table):
 class RL(Table):
     """Policy-gradient training. The defaults are PPO's; another algorithm's row changes them before the recipe does.
 
-    A table [rl.NAME] of a recipe holds what it wants of that algorithm only, so that one word changes the algorithm.
+    A table [rl.NAME] of a recipe holds what it wants of that algorithm only, so that one word changes the algorithm: it
+    stands above [rl], and what the command line says above both (load.py).
     """
 
     init: str | None = None
@@ -118,6 +119,10 @@ class RL(Table):
         return self.credit == "gae" or self.baseline == "critic" or self.limit == "bootstrap"
 
     @property
+    def compares_groups(self) -> bool:
+        return self.baseline in ("group", "leave_one_out", "best") or self.scale == "group"
+
+    @property
     def uses_reference(self) -> bool:
         return self.kl > 0
 
@@ -127,19 +132,10 @@ class RL(Table):
         """The algorithm's row under what the recipe says; a critic where the result needs one and none is named."""
         if not isinstance(raw, Mapping):
             return raw
-        name = str(raw.get("algorithm", "ppo"))
-        tables = {key: value for key, value in raw.items() if key in PRESETS and isinstance(value, Mapping)}
-        for algorithm, table in tables.items():
-            for key in table:
-                if key not in cls.model_fields or key == "algorithm":
-                    raise ValueError(f"unknown key {algorithm}.{key}: use a key of [rl]")
-        layers = [PRESETS.get(name, {}), tables.get(name, {}), {k: v for k, v in raw.items() if k not in tables}]
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            trust = {**merged.get("trust", {}), **layer["trust"]} if isinstance(layer.get("trust"), Mapping) else None
-            merged |= layer
-            if trust is not None:
-                merged["trust"] = trust
+        preset = PRESETS.get(str(raw.get("algorithm", "ppo")), {})
+        merged = {**preset, **raw}
+        if isinstance(raw.get("trust"), Mapping):
+            merged["trust"] = {**preset.get("trust", {}), **raw["trust"]}
         if merged.get("kl_in") == "loss" and "kl_estimator" not in merged:
             merged["kl_estimator"] = "k2"  # on-policy its gradient is the KL's own
         if "critic" not in merged:

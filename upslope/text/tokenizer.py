@@ -63,14 +63,20 @@ class Tokenizer:
         text: str = self.inner.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds; a character of several tokens is added by its last one."""
-        pieces, shown = [], ""
+    def pieces(self, ids: Sequence[int], *, skip_special: bool = False) -> list[str]:
+        """The text that each token adds; a character of several tokens is added by its last one.
+
+        Decoded from the last piece but one on, so that the work grows with the tokens and not with their square.
+        """
+        pieces, begin, shown = [], 0, 0  # ids[begin:shown] have been shown, and lead in what comes next
         for n in range(1, len(ids) + 1):
-            text = self.decode(ids[:n], skip_special=False)
-            settled = text.rstrip("\ufffd") if n < len(ids) else text
-            pieces.append(settled[len(shown) :])
-            shown = settled
+            before = self.decode(ids[begin:shown], skip_special=skip_special)
+            text = self.decode(ids[begin:n], skip_special=skip_special)
+            if text.endswith("\ufffd") and n < len(ids):
+                pieces.append("")  # not a whole character yet
+                continue
+            pieces.append(text[len(before) :])
+            begin, shown = shown, n
         return pieces
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True) -> list[int]:

@@ -34,7 +34,7 @@ Loss = tuple[Tensor, Mapping[str, Tensor]]
 @dataclass(frozen=True)
 class Signal:
     """What a rollout has to say: rewards and values of its actions, which episodes share a prompt (group_B), what
-    follows a cut (bootstrap_B), and the mean return of the rollouts before (running)."""
+    follows a cut (bootstrap_B), and the mean return (or total) of the rollouts before (running)."""
 
     reward_A: Tensor
     value_A: Tensor
@@ -58,30 +58,33 @@ class Signal:
 
 @dataclass(frozen=True)
 class Credit:
-    """advantage_A as the losses take it, return_A for the critic, and statistics from before any scaling."""
+    """advantage_A as the losses take it, return_A for the critic, what the running baseline remembers (None where
+    there was nothing), and statistics from before any scaling."""
 
     advantage_A: Tensor
     return_A: Tensor
+    mean: float | None
     metrics: dict[str, float]
 
 
 def credit(rl: RL, signal: Signal) -> Credit:
-    """Advantages by rl.credit and rl.baseline, then scaled over the rollout where rl.scale says batch.
+    """Advantages by rl.credit and rl.baseline, then scaled by rl.scale: over the rollout, or in each group.
 
     The metrics compare what the critic made of the rewards with what came of them: bias and rmse of the lambda-return
     against the Monte-Carlo return of the same action (0 for credit = to_go and episode), and the advantages'
-    deviation, all over the rollout's action tokens.
+    deviation before they are scaled, all over the rollout's action tokens.
     """
     advantage_A, return_A = CREDITS[rl.credit](rl, signal)
     plain_A = _returns(rl, signal)
     gap_A = return_A - plain_A
     metrics = {
         "advantage/std": float(advantage_A.std(correction=0)) if len(advantage_A) else 0.0,
-        "advantage/bias": float(gap_A.mean()) if len(gap_A) else 0.0,
-        "advantage/rmse": float(gap_A.square().mean().sqrt()) if len(gap_A) else 0.0,
-        "advantage/return": float(plain_A.mean()) if len(plain_A) else 0.0,
+        "advantage/bias": _mean(gap_A),
+        "advantage/rmse": _mean(gap_A.square()) ** 0.5,
     }
-    return Credit(whiten(advantage_A) if rl.scale == "batch" else advantage_A, return_A, metrics)
+    seen = signal.totals(rl.gamma) if rl.credit == "episode" else plain_A
+    scaled_A = SCALES[rl.scale](rl, signal, advantage_A)
+    return Credit(scaled_A, return_A, _mean(seen) if len(seen) else None, metrics)
 
 
 def _returns(rl: RL, s: Signal) -> Tensor:
@@ -103,16 +106,15 @@ def _episode(rl: RL, s: Signal) -> tuple[Tensor, Tensor]:
     return s.spread(EPISODE_BASELINES[rl.baseline](rl, s, s.totals(rl.gamma))), _returns(rl, s)
 
 
+def _against_group(rl: RL, s: Signal, total_B: Tensor) -> Tensor:
+    baseline = "leave_one_out" if rl.baseline == "leave_one_out" else "mean"
+    return group_advantages(total_B, s.group_B, baseline=baseline)
+
+
 def _group_baseline(rl: RL, s: Signal, return_A: Tensor) -> Tensor:
     """The mean total of an episode's group (of the others of it), at each of its actions."""
     total_B = s.totals(rl.gamma)
-    return s.spread(total_B - _group_advantages(rl, s, total_B, scale="none"))
-
-
-def _group_advantages(rl: RL, s: Signal, total_B: Tensor, scale: str | None = None) -> Tensor:
-    baseline = "leave_one_out" if rl.baseline == "leave_one_out" else "mean"
-    scale = scale or ("std" if rl.scale == "group" else "none")
-    return group_advantages(total_B, s.group_B, baseline=baseline, scale=scale)
+    return s.spread(total_B - _against_group(rl, s, total_B))
 
 
 def _mean(x: Tensor) -> float:
@@ -121,7 +123,7 @@ def _mean(x: Tensor) -> float:
 
 CREDITS: Mapping[str, Callable[[RL, Signal], tuple[Tensor, Tensor]]] = {
     "gae": _gae,
-    "to_go": lambda rl, s: _scaled_by_group(rl, s, *_to_go(rl, s)),
+    "to_go": _to_go,
     "episode": _episode,
 }
 TO_GO_BASELINES: Mapping[str, Callable[[RL, Signal, Tensor], Tensor]] = {
@@ -137,18 +139,15 @@ EPISODE_BASELINES: Mapping[str, Callable[[RL, Signal, Tensor], Tensor]] = {
     "mean": lambda rl, s, total_B: total_B - _mean(total_B),
     "running": lambda rl, s, total_B: total_B - s.running,
     "critic": lambda rl, s, total_B: total_B - s.value_A[s.starts[:-1]],
-    "group": _group_advantages,
-    "leave_one_out": _group_advantages,
+    "group": _against_group,
+    "leave_one_out": _against_group,
     "best": lambda rl, s, total_B: best_of_group(total_B, s.group_B),
 }
-
-
-def _scaled_by_group(rl: RL, s: Signal, advantage_A: Tensor, return_A: Tensor) -> tuple[Tensor, Tensor]:
-    if rl.scale == "group":
-        advantage_A = advantage_A / s.spread(group_deviation(s.totals(rl.gamma), s.group_B))
-    return advantage_A, return_A
-
-
+SCALES: Mapping[str, Callable[[RL, Signal, Tensor], Tensor]] = {
+    "none": lambda rl, s, advantage_A: advantage_A,
+    "batch": lambda rl, s, advantage_A: whiten(advantage_A),
+    "group": lambda rl, s, advantage_A: advantage_A / s.spread(group_deviation(s.totals(rl.gamma), s.group_B)),
+}
 POLICY_LOSSES: Mapping[str, Callable[[RL, Tensor, Tensor, Tensor, Tensor], Loss]] = {
     "clip": lambda rl, logp_A, old_logp_A, advantage_A, starts: clipped_policy_loss(
         logp_A, old_logp_A, advantage_A, clip_low=rl.clip_low, clip_high=rl.clip_high, dual_clip=rl.dual_clip

@@ -67,9 +67,10 @@ def collect(
 ) -> tuple[list[Episode], int]:
     """One rollout's episodes, and how many prompts have been used when it is made; `used` were before it.
 
-    Episodes whose reward failed carry the reason and no total. With rl.resample, groups whose totals are all equal
-    are marked as not used and as many new prompts are drawn, for so many rounds (DAPO's dynamic sampling, arXiv
-    2503.14476, with a bound): what is still missing then makes the rollout smaller.
+    Episodes whose reward failed carry the reason and no total; more of them than rl.max_failures allows raise
+    RewardError. Where groups are compared, an episode left alone by failures is not used. With rl.resample, groups
+    whose totals are all equal are marked as not used and as many new prompts are drawn, for so many rounds (DAPO's
+    dynamic sampling, arXiv 2503.14476, with a bound): what is still missing then makes the rollout smaller.
     """
     episodes: list[Episode] = []
     wanted = rl.prompts
@@ -81,12 +82,23 @@ def collect(
         scorer.score(sampled, [p.row for p in chosen for _ in range(rl.samples)])
         charge_overlong(sampled, rl)
         episodes += sampled
-        if not rl.resample:
-            break
-        wanted = set_equal_groups_aside(sampled)
+        wanted = set_equal_groups_aside(sampled) if rl.resample else 0
         if not wanted:
             break
+    scorer.check(episodes)
+    if rl.compares_groups:
+        set_lonely_aside(episodes)
     return episodes, used
+
+
+def set_lonely_aside(episodes: Sequence[Episode]) -> None:
+    """Mark episodes as not used whose group has no other that was scored: there is nothing to compare them with."""
+    scored: dict[int, int] = {}
+    for episode in episodes:
+        scored[episode.group] = scored.get(episode.group, 0) + (episode.total is not None)
+    for episode in episodes:
+        if scored[episode.group] < 2:
+            episode.used = False
 
 
 def charge_overlong(episodes: Sequence[Episode], rl: RL) -> None:

@@ -31,8 +31,10 @@ class Controllers:
     def saw_scores(self, totals: Sequence[float]) -> None:
         self.scores.update(torch.tensor(totals, dtype=torch.float64))
 
-    def saw_return(self, mean: float) -> None:
+    def saw_return(self, mean: float | None) -> None:
         """Take a rollout's mean return into the running baseline, which is that of the rollouts before it."""
+        if mean is None:
+            return
         self.returns = mean if self.returns is None else MEMORY * self.returns + (1 - MEMORY) * mean
 
     def state(self) -> dict[str, Any]:

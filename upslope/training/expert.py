@@ -59,6 +59,7 @@ def draw_samples(
         episodes = generate(run, engine, tokenizer, prompts, keys, sampling, samples=cfg.samples, step=SAMPLES_STEP)
         run.progress(STAGE, 0.0, cfg.steps, "score")
         scorer.score(episodes, [p.row for p in prompts for _ in range(cfg.samples)])
+        scorer.check(episodes)
     except (StopAsked, Interrupted):
         raise Interrupted(
             f"stopped in {STAGE} before its samples were written", "the same command samples them again"

@@ -24,7 +24,7 @@ from upslope.training.episode import action_starts, lay_out
 from upslope.training.rollout import Batch, Frozen
 from upslope.training.run import Run
 from upslope.training.state import RunState
-from upslope.training.update import Stats, optimizer_step
+from upslope.training.update import Stats, optimizer_step, stop_if
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,18 @@ def critic_step(run: Run, rl: RL, state: RunState, batch: Batch, members: Sequen
         return losses["value"], means(losses, {}, tokens)
 
     return _step(run, rl, state, batch, members, lr, loss_of)
+
+
+@torch.no_grad()
+def drift(rl: RL, model: ActorCritic, batch: Batch, frozen: Frozen, should_stop: Callable[[], bool]) -> float:
+    """KL(old, policy) at the present parameters, mean over the batch's action tokens. Raises StopAsked."""
+    total = 0.0
+    for part in minibatch_parts(rl, batch, range(len(batch.episodes)), model.policy.device):
+        stop_if(should_stop)
+        scores = model.evaluate(part.ragged, part.action_A, temperature=rl.temperature, cut=frozen.cut(rl))
+        old_logp_A = batch.old_logp_A[part.rows].to(scores.logp_A.device)
+        total += float(kl_estimate(old_logp_A, scores.logp_A, "k3").sum())
+    return total / len(batch.old_logp_A)
 
 
 def _step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,12 @@ class Pipeline:
                 sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, budget, stop))
             else:
                 sources.append(self.function_source(name, source_name(name)))
-        return Scorer(sources, list(rewards.values()), self.limit("max_failures"), self.tokenizer.pieces)
+        return Scorer(
+            sources,
+            list(rewards.values()),
+            self.limit("max_failures"),
+            partial(self.tokenizer.pieces, skip_special=True),
+        )
 
 
 def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, plain: bool | None = None) -> Path:

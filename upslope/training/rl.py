@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from upslope.training.collect import collect
 from upslope.training.controllers import Controllers
 from upslope.training.episode import Episode
 from upslope.training.export import export_policy
-from upslope.training.objective import Prices, critic_step, minibatch_step
+from upslope.training.objective import Prices, critic_step, drift, minibatch_step
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
 from upslope.training.rollout import Batch, Frozen, prepare, reference_metrics, rollout_metrics
 from upslope.training.run import Run, peak_memory_gb
@@ -81,7 +82,7 @@ def next_rollout(
     learned = [e for e in episodes if e.total is not None and e.used]
     controllers.saw_scores([e.total for e in episodes if e.total is not None])
     controllers.used = used
-    batch, metrics = prepare(
+    batch, found = prepare(
         learned,
         actors.model,
         actors.frozen,
@@ -91,8 +92,8 @@ def next_rollout(
         score_scale=controllers.score_scale(rl),
         should_stop=run.should_stop,
     )
-    controllers.saw_return(metrics["advantage/return"])
-    metrics |= rollout_metrics(episodes, batch, rl.samples)
+    controllers.saw_return(found.mean)
+    metrics = found.metrics | rollout_metrics(episodes, batch, rl.samples)
     if actors.frozen.reference is not None:
         metrics |= reference_metrics(batch) | {"kl/coefficient": controllers.kl.coefficient}
     if rl.critic != "none":
@@ -131,7 +132,11 @@ def improve(
         drifted = rl.trust.max_kl is not None and metrics.get("policy/approx_kl", 0.0) > rl.trust.max_kl
         state.extra["minibatch"] = steps if drifted else done + 1
         run.progress("rl", state.rollout + 0.3 + 0.7 * (done + 1) / steps, rl.steps, "update")
-    metrics = means_of_updates(state.extra.pop("updates"))
+    led_to = {}
+    if rl.trust.target is not None and batch.episodes:
+        led_to["policy/drift"] = drift(rl, actors.model, batch, actors.frozen, run.should_stop)
+        led_to["trust/coefficient"] = controllers.trust.coefficient
+    metrics = means_of_updates(state.extra.pop("updates")) | led_to
     return metrics | {"time/update_s": time.perf_counter() - start}
 
 
@@ -155,7 +160,7 @@ def one_update(
 
 
 def means_of_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each statistic's mean over the updates that have it, the first ratio gap, and the last KL(old, policy)."""
+    """Each statistic's mean over the updates that have it, the first ratio gap, and KL(old, policy) before the last."""
     updates = [u for u in updates if u]
     names = dict.fromkeys(name for u in updates for name in u)
     means = {}
@@ -200,8 +205,8 @@ def finish_rollout(
         run.episodes.write("episode", stage="rl", step=state.rollout, **episode.record())
     if "kl/reference_per_completion" in metrics:
         controllers.kl.update(metrics["kl/reference_per_completion"], len(batch.episodes))
-    if "policy/last_approx_kl" in metrics:
-        controllers.trust.update(metrics["policy/last_approx_kl"])
+    if math.isfinite(metrics.get("policy/drift", math.nan)):
+        controllers.trust.update(metrics["policy/drift"])
     state.extra["controllers"] = controllers.state()
     state.pending = None
     state.extra.pop("pending", None)

@@ -14,7 +14,7 @@ from upslope.config import RL
 from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, Cut
 from upslope.ragged import Ragged
-from upslope.training.algorithms import Signal, credit
+from upslope.training.algorithms import Credit, Signal, credit
 from upslope.training.batches import micro_batches
 from upslope.training.episode import Episode, action_starts, lay_out
 from upslope.training.update import never, stop_if
@@ -75,8 +75,8 @@ def prepare(
     running: float = 0.0,
     score_scale: float = 1.0,
     should_stop: Callable[[], bool] = never,
-) -> tuple[Batch, dict[str, float]]:
-    """Log-probabilities, values and KL of whole episodes, then rewards per token and advantages, with statistics.
+) -> tuple[Batch, Credit]:
+    """Log-probabilities, values and KL of whole episodes, then rewards per token and advantages: the batch and credit.
 
         r_t = -kl (log p_old(a_t) - log p_ref(a_t)) + what a reward gave for a_t + [t is the last action] the rest
 
@@ -115,7 +115,7 @@ def prepare(
     batch.advantage_A, batch.return_A = found.advantage_A, found.return_A
     if rl.baseline == "best":
         batch = batch.select([e for e in range(len(episodes)) if bool((batch.advantage_A[batch.rows([e])] != 0).any())])
-    return batch, found.metrics
+    return batch, found
 
 
 def _reference(reference: Decoder, ragged: Ragged, action_A: Tensor, rl: RL) -> Tensor:

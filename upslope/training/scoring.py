@@ -91,10 +91,7 @@ class Scorer:
         self.pieces = pieces
 
     def score(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> None:
-        """Fill in each episode's rewards, steps, total and failure.
-
-        Raises RewardError above the allowed share of failures.
-        """
+        """Fill in each episode's rewards, steps, total and failure; `check` judges how many failed."""
         for episode in episodes:
             episode.total = 0.0
         for source, weight in zip(self.sources, self.weights, strict=True):
@@ -108,6 +105,9 @@ class Scorer:
                 if episode.total is not None:
                     episode.total += weight * float(score)
                     episode.steps += self._placed(episode, output.step_B.get(i, []), weight)
+
+    def check(self, episodes: Sequence[Episode]) -> None:
+        """Raise RewardError where more than the allowed share of scored episodes failed, or all of them."""
         failed = [e for e in episodes if e.failure]
         if len(failed) > self.max_failures * len(episodes) or len(failed) == len(episodes):
             raise RewardError(

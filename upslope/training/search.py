@@ -15,7 +15,8 @@ from upslope.errors import RecipeError
 from upslope.training.axes import Axis
 
 RANDOM_TRIALS = 5  # before the first one that learns from the others
-SMALLER = ("loss", "perplexity", "kl/", "rmse", "time/", "gap", "failed")  # metrics that are better when smaller
+SMALLER = ("loss", "perplexity", "kl/", "rmse", "time/", "memory/", "gap", "nll", "skipped", "truncated")  # is better
+BY_STAGE = {"rl": "reward/mean", "reward": "valid/pair_accuracy", "preference": "valid/pair_accuracy"}
 
 
 def load_optuna() -> Any:
@@ -31,20 +32,25 @@ def load_optuna() -> Any:
 def choose_metric(metric: str | None, recipe: Recipe, axes: Sequence[Axis]) -> str:
     """The metric to search by: of the training or the validation side, never of the test side. Raises RecipeError."""
     if metric is None:
-        stage = recipe.stages[-1] if recipe.rl is None else "rl"
-        metric = {"rl": "reward/mean", "reward": "valid/pair_accuracy"}.get(stage, "valid/loss")
+        moved_stages = [s for s in recipe.stages if any(a.key.partition(".")[0] == s for a in axes)]
+        stage = moved_stages[-1] if moved_stages else recipe.stages[-1] if recipe.rl is None else "rl"
+        metric = BY_STAGE.get(stage, "valid/loss")
     if "/" not in metric or " " in metric:
         raise RecipeError(
             f"metric {metric!r} is a row of the closing table, and tuning may not look at the test side",
             "name one of training or validation, such as reward/mean or valid/loss",
         )
     moved = next((a.key for a in axes if a.key.split(".")[:2] == ["rl", "reward"]), None)
+    moved = moved or next((a.key for a in axes if a.key in ("rl.overlong", "rl.algorithm")), None)
     if moved and metric == "reward/mean":
         raise RecipeError(f"{moved} changes what reward/mean means", "search by one reward of it: --metric reward/NAME")
     return metric
 
 
 def direction_of(metric: str) -> str:
+    """Whether less of a metric is better; more of a reward always is, but for the share that failed."""
+    if metric.startswith("reward/"):
+        return "minimize" if metric == "reward/failed" else "maximize"
     return "minimize" if any(word in metric for word in SMALLER) else "maximize"
 
 

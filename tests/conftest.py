@@ -69,8 +69,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     return save_tiny_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
-def save_tiny_model(folder: Path, tokenizer: Tokenizer) -> Path:
-    save_decoder(tiny_decoder(vocab_size=tokenizer.vocab_size, scale=3.0), folder)
+def save_tiny_model(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
+    save_decoder(tiny_decoder(seed, vocab_size=tokenizer.vocab_size, scale=3.0), folder)
     tokenizer.save(folder)
     return folder
 

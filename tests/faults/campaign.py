@@ -1,10 +1,11 @@
 """`make faults`: 200 runs struck at random points, unless told otherwise; the table goes to docs/reliability.md.
 
-    python -m tests.faults.campaign [TRIALS] [SEED]
+    python -m tests.faults.campaign [TRIALS] [SEED] [VARIANT ...]
 
 A trial strikes one to three starts of a run, each at a random event of a random phase by a random kind of fault, or by
 a SIGKILL after a random time, then lets it end in peace and compares it with an unbroken one. Every strike that took
-place is counted; one that came too late, after the end of its start, is not.
+place is counted; one that came too late, after the end of its start, is not. The variants are those of variants.py in
+turn, all of them unless some are named: their figures have a section of their own.
 """
 
 from __future__ import annotations
@@ -15,26 +16,34 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults.harness import VARIANTS, Harness, Strike
+from tests.faults.harness import Harness, Strike
 from tests.faults.inject import KINDS, PHASES
 from tests.faults.machine import replace_section, where_and_when
 from tests.faults.tiny import tiny_files
+from tests.faults.variants import VARIANTS
 
 ANY_TIME = "any time"
 
 
 def draw(random_: random.Random, counts: dict[str, int], seconds: float, share: float) -> Strike:
-    """One strike in the first `share` of a start's events. Half are SIGKILLs, the one fault that no handler sees."""
+    """One strike in the first `share` of a start's events. Half are SIGKILLs, the one fault that no handler sees.
+
+    A phase that the run does not have, and the reward's fault where it has none, are not drawn.
+    """
     if random_.random() < 0.15:
         return Strike(kill_after=random_.uniform(0.0, share * seconds))
-    phase = random_.choice(PHASES)
-    kind = random_.choice(KINDS) if random_.random() < 0.6 else "sigkill"
+    phase = random_.choice([phase for phase in PHASES if counts.get(phase)])
+    kinds = [kind for kind in KINDS if kind != "reward" or counts.get("rewards")]
+    kind = random_.choice(kinds) if random_.random() < 0.6 else "sigkill"
     return Strike(phase, random_.randint(1, max(1, round(share * counts[phase]))), kind)
 
 
-def campaign(work: Path, trials: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str], Counter[str], float]:
+def campaign(
+    work: Path, trials: int, seed: int, variants: Sequence[str]
+) -> tuple[Counter[tuple[str, str]], list[str], Counter[str], float]:
     """Strikes that took place by phase and kind, failed trials, trials by variant, and the slowest stop in seconds."""
     random_ = random.Random(seed)
     struck: Counter[tuple[str, str]] = Counter()
@@ -44,7 +53,7 @@ def campaign(work: Path, trials: int, seed: int) -> tuple[Counter[tuple[str, str
     model, rows = tiny_files(work)
     with Harness(work / "runs", model, rows) as harness:
         for number in range(trials):
-            variant = list(VARIANTS)[number % len(VARIANTS)]
+            variant = variants[number % len(variants)]
             by_variant[variant] += 1
             _, counts, seconds = harness.reference(variant)
             folder = harness.work / f"run-{number}"
@@ -80,17 +89,22 @@ def table(struck: Counter[tuple[str, str]]) -> list[str]:
 def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
+    named = sys.argv[3:]
+    for name in named:
+        if name not in VARIANTS:
+            sys.exit(f"no variant {name!r}: there are {', '.join(VARIANTS)}")
     began, measured = time.monotonic(), where_and_when()
     fast = Path("/dev/shm")  # a process that is killed loses nothing of what it wrote, wherever that is
     work = Path(tempfile.mkdtemp(prefix="upslope-faults-", dir=fast if fast.is_dir() else None))
     try:
-        struck, failed, by_variant, slowest = campaign(work, trials, seed)
+        struck, failed, by_variant, slowest = campaign(work, trials, seed, named or VARIANTS)
     finally:
         shutil.rmtree(work)
     minutes = (time.monotonic() - began) / 60
     variants = ", ".join(f"{name} {count}" for name, count in by_variant.items())
+    command = f"python -m tests.faults.campaign {trials} {seed} {' '.join(named)}" if named else "make faults"
     text = [
-        f"`make faults` ({trials} trials, seed {seed}; {measured}; {minutes:.0f} min): runs of {variants}, "
+        f"`{command}` ({trials} trials, seed {seed}; {measured}; {minutes:.0f} min): runs of {variants}, "
         f"struck {sum(struck.values())} times in all, one to three times each.",
         f"Trials that ended otherwise than an unbroken run, in a traceback, or later than allowed: **{len(failed)}**.",
         f"Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",
@@ -98,7 +112,7 @@ def main() -> None:
         *table(struck),
     ]
     text += [f"- {failure[:300]}" for failure in failed]
-    replace_section("Random faults", text)
+    replace_section("Random faults, chosen variants" if named else "Random faults", text)
     print("\n".join(text))
     sys.exit(1 if failed else 0)
 

@@ -1,4 +1,4 @@
-"""Started once as `python -m tests.faults.child`: for each line on standard input it forks a process that runs
+"""Started once as `python -m tests.faults.child MODEL`: for each line on standard input it forks a process that runs
 
     upslope train RECIPE -o FOLDER --plain ...
 
@@ -21,6 +21,8 @@ import torch
 import upslope.training.reevaluate
 from tests.faults.inject import Injector, beside, install
 from upslope import cli
+from upslope.models.hf import load_decoder
+from upslope.text.tokenizer import Tokenizer
 
 LIMIT_S = 120.0
 
@@ -28,6 +30,7 @@ LIMIT_S = 120.0
 def run(ask: dict[str, Any]) -> None:
     """What the forked process does; never returns."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     log = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -75,7 +78,9 @@ def watch(pid: int, ask: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    assert upslope.training.reevaluate  # everything is imported before the first fork
+    assert upslope.training.reevaluate  # everything is imported before the first fork, and what a first use imports
+    Tokenizer.load(sys.argv[1])
+    load_decoder(Path(sys.argv[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         ask = json.loads(line)

@@ -1,7 +1,4 @@
-"""Runs that are struck and started again: what the tests and the campaign share.
-
-A new algorithm or critic joins by a line in VARIANTS.
-"""
+"""Runs that are struck and started again: what the tests and the campaign share."""
 
 from __future__ import annotations
 
@@ -14,28 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints import ROOT
-from tests.conftest import make_recipe
+from tests.conftest import save_tiny_model
 from tests.faults.inject import beside
 from tests.faults.outcome import differences, outcome
+from tests.faults.variants import REWARD, VARIANTS, recipe_of
+from upslope.text.tokenizer import Tokenizer
 
-VARIANTS: Mapping[str, dict[str, Any]] = {  # name -> what it changes in [rl] of tests.conftest.make_recipe
-    "ppo-shared": {"critic": "shared"},
-    "ppo-detached": {"critic": "detached", "kl_target": 1.0, "samples": 2, "minibatches": 4},
-    "ppo-separate": {"critic": "separate", "limit": "bootstrap", "entropy_weight": 0.01},
-    "grpo": {"algorithm": "grpo", "samples": 3, "epochs": 1, "minibatches": 1},
-    "trpo": {"algorithm": "trpo", "epochs": 1, "minibatches": 1},
-    "nlpo": {"algorithm": "nlpo", "mask_every": 2},
-}
 STOP_S = 5.0  # what a stop that was asked for may take
-
-REWARD = """
-import os
-
-def score(prompts, completions, rows):
-    if os.path.exists(os.environ.get("UPSLOPE_TEST_UNWELL", "")):
-        raise RuntimeError("unwell")
-    return [float(sum(c in "aeiou" for c in text)) for text in completions]
-"""
 
 
 @dataclass
@@ -75,9 +57,11 @@ class Harness:
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         (self.work / "reward.py").write_text(REWARD)
+        (self.work / "teacher").mkdir(exist_ok=True)
+        save_tiny_model(self.work / "teacher", Tokenizer.load(self.model), seed=1)
         for name in VARIANTS:
-            (self.work / f"{name}.toml").write_text(to_toml(self.recipe(name)))
-        command = [sys.executable, "-m", "tests.faults.child"]
+            (self.work / f"{name}.toml").write_text(to_toml(recipe_of(name, self.model, self.work)))
+        command = [sys.executable, "-m", "tests.faults.child", str(self.model)]
         pipe = subprocess.PIPE
         self.server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe)
         assert self.server.stdout and self.server.stdout.readline() == "ready\n"
@@ -88,15 +72,6 @@ class Harness:
         self.server.stdin.close()
         self.server.wait(timeout=30)
         self.server.stdout.close()
-
-    def recipe(self, variant: str) -> dict[str, Any]:
-        recipe = make_recipe(self.model)
-        recipe["data"]["rows"] = str(self.work / "rows.jsonl")
-        rewards = {"stage:reward": 1.0, f"{self.work}/reward.py:score": 0.1}
-        recipe["optim"]["micro_tokens"] = 64  # several computations in each loop
-        recipe["eval"]["judges"] = []
-        recipe["rl"] |= {"reward": rewards, "steps": 2, **VARIANTS[variant]}
-        return recipe
 
     def start(self, variant: str, folder: Path, strike: Strike | None = None, minutes: float = 0.0) -> Ended:
         """The command, once; always the same but for checkpoint_minutes, which may change between two starts."""

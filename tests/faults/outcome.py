@@ -32,7 +32,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         if name.startswith("tensorboard/") or name == ".lock":
             continue
         found[name] = "there"
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or path.name == "samples.jsonl":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "done.json":
             found[name] = _timeless(json.loads(path.read_bytes())["metrics"])

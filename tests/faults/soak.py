@@ -23,9 +23,10 @@ import numpy as np
 
 from tests.checkpoints import ROOT
 from tests.conftest import make_recipe
-from tests.faults.harness import REWARD, to_toml
+from tests.faults.harness import to_toml
 from tests.faults.machine import replace_section, where_and_when
 from tests.faults.tiny import tiny_files
+from tests.faults.variants import REWARD
 from upslope.observe.events import read_events
 
 ALLOWED_MB_PER_HOUR = 20.0

@@ -5,12 +5,15 @@ unbroken run ends: weights, optimizer, events and episodes bit for bit, no line 
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import STOP_S, VARIANTS, Harness, Strike
+from tests.faults.harness import STOP_S, Harness, Strike
 from tests.faults.inject import PHASES
+from tests.faults.variants import VARIANTS, recipe_of
 from upslope.checkpoint import RunLock
+from upslope.config import PRESETS, STAGES, load_recipe
 
 FEW = 6  # computations that may still begin after a stop was asked for
 
@@ -26,23 +29,55 @@ def middle(harness, variant, phase, share):
     return max(1, round(share * harness.reference(variant)[1][phase]))
 
 
-@pytest.mark.parametrize(
-    ("variant", "phase", "share", "kind"),
-    [
-        ("ppo-shared", "generation", 0.4, "sigkill"),
-        ("ppo-shared", "rewards", 0.3, "memory"),
-        ("ppo-shared", "update", 0.6, "sigkill"),
-        ("ppo-shared", "stages", 0.7, "sigkill"),
-        ("ppo-detached", "update", 0.8, "sigterm"),
-        ("ppo-detached", "checkpoint", 0.9, "sigkill"),
-        ("ppo-detached", "log-probs", 0.6, "reward"),
-        ("ppo-separate", "checkpoint", 0.7, "full-disk"),
-        ("ppo-separate", "files", 0.8, "sigkill"),
-    ],
-)
+STRIKES = [
+    ("ppo-shared", "generation", 0.4, "sigkill"),
+    ("ppo-shared", "rewards", 0.3, "memory"),
+    ("ppo-shared", "update", 0.6, "sigkill"),
+    ("ppo-shared", "stages", 0.7, "sigkill"),
+    ("ppo-detached", "update", 0.8, "sigterm"),
+    ("ppo-detached", "checkpoint", 0.9, "sigkill"),
+    ("ppo-detached", "log-probs", 0.6, "reward"),
+    ("ppo-separate", "checkpoint", 0.7, "full-disk"),
+    ("ppo-separate", "files", 0.8, "sigkill"),
+    ("grpo", "update", 0.9, "sigterm"),
+    ("trpo", "log-probs", 0.9, "sigkill"),
+    ("nlpo", "generation", 0.75, "sigkill"),
+    ("ppo-kl", "update", 0.7, "sigterm"),
+    ("a2c", "log-probs", 0.9, "sigint"),
+    ("reinforce", "generation", 0.4, "sigkill"),
+    ("reinforce++", "update", 0.8, "sigkill"),
+    ("rloo", "rewards", 0.4, "sigterm"),
+    ("dr-grpo", "checkpoint", 0.6, "sigkill"),
+    ("dapo", "generation", 0.6, "sigterm"),
+    ("gspo", "update", 0.8, "memory"),
+    ("cispo", "update", 0.8, "sigint"),
+    ("raft", "stages", 0.5, "sigkill"),
+    ("gkd", "files", 0.6, "full-disk"),
+    ("pretrain", "update", 0.6, "sigint"),
+    ("dpo", "update", 0.6, "sigterm"),
+    ("kto", "evaluation", 0.8, "sigkill"),
+    ("kto", "checkpoint", 0.6, "sigkill"),
+    ("expert", "generation", 0.6, "sigterm"),
+    ("expert", "rewards", 0.5, "reward"),
+    ("expert", "update", 0.6, "sigkill"),
+]
+
+
+def test_every_algorithm_critic_and_stage_is_struck():
+    recipes = {name: load_recipe(recipe_of(name, Path("m"), Path("w"))) for name in {strike[0] for strike in STRIKES}}
+    assert set(recipes) == set(VARIANTS)
+    tables = [recipe.rl for recipe in recipes.values() if recipe.rl]
+    assert {rl.algorithm for rl in tables} == set(PRESETS)
+    assert {rl.critic for rl in tables} == {"none", "shared", "detached", "separate"}
+    assert {stage for recipe in recipes.values() for stage in recipe.stages} == set(STAGES)
+    assert {strike[1] for strike in STRIKES} == set(PHASES)
+
+
+@pytest.mark.parametrize(("variant", "phase", "share", "kind"), STRIKES)
 def test_c55_struck_and_started_again_it_ends_as_an_unbroken_run(harness, tmp_path, variant, phase, share, kind):
     strike = Strike(phase, middle(harness, variant, phase, share), kind)
     assert harness.trial(variant, tmp_path / "run", [strike]) == []
+    assert harness.last_starts[0][1].fired
 
 
 def test_c55_a_run_killed_three_times_in_a_row(harness, tmp_path):
@@ -87,7 +122,7 @@ def test_a_second_run_in_a_folder_in_use_is_refused_and_changes_nothing(harness,
 
 
 def test_c59_a_finished_run_says_so_and_changes_nothing(harness):
-    variant = next(iter(VARIANTS))
+    variant = VARIANTS[0]
     expected = harness.reference(variant)[0]
     assert harness.trial(variant, harness.work / f"unbroken-{variant}", []) == []
     ended = harness.start(variant, harness.work / f"unbroken-{variant}")

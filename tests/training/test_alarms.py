@@ -1,20 +1,26 @@
 """Each alarm: from metrics made by hand, and from a run in which the very thing goes wrong."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import upslope
 from tests.training.test_pipeline import count_vowels
-from upslope.config import RL
+from upslope.config import RL, load_recipe
 from upslope.errors import RunError
+from upslope.evaluate import Outcome, estimates
 from upslope.models.runner import DecoderRunner, Layer
 from upslope.observe.events import read_events
+from upslope.observe.report import write_report
 from upslope.training import rl as rl_module
 from upslope.training import supervised
-from upslope.training.alarms import ALARMS, FIRST, LAST, SKIPS_ALLOWED, WINDOW, alarms
+from upslope.training.alarms import ALARMS, FIRST, LAST, SKIPS_ALLOWED, WINDOW, alarms, judged_worse
+from upslope.training.final import record_comparison
+from upslope.training.run import Run
 
 PLAIN = RL(reward="a:b")
 GOOD = {
@@ -99,6 +105,68 @@ def test_a_reward_that_rises_while_an_unpaid_metric_falls():
     assert told(rising[-2], rising[:-2], rl) == {}  # too few to be sure
     paid = RL(reward={"stage:reward": 1.0, "m.py:judge": 0.5})
     assert told(rising[-1], rising[:-1], paid) == {}
+    learned = [{"reward/mean": m["reward/mean"], "reward/learned": m["reward/judge"]} for m in rising]
+    unpaid = RL(reward={"stage:reward": 0.0, "m.py:other": 1.0})
+    assert "while learned falls" in told(learned[-1], learned[:-1], unpaid)["reward_without_metric"]
+
+
+def made_up(reward, judge):
+    """One outcome of 40 prompts, by two means and the same noise about them."""
+    noise = np.linspace(-1, 1, 40)
+    zeros = np.zeros(40)
+    return Outcome(
+        ["a b"] * 40, {"reward: r": reward + noise, "judge: j": judge + noise}, zeros, zeros + 2, zeros, zeros
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "weights", "message"),
+    [
+        (
+            (1.0, -0.5),
+            {"reward: r": 1.0, "judge: j": 0.0},
+            "reward: r 1.00 [1.00, 1.00] has risen while judge: j -0.50",
+        ),
+        (
+            (-0.5, 1.0),
+            {"reward: r": 0.0, "judge: j": 0.3},
+            "judge: j 1.00 [1.00, 1.00] has risen while reward: r -0.50",
+        ),
+        ((1.0, -0.5), {"reward: r": 1.0, "judge: j": -0.1}, None),  # it is paid for falling
+        ((1.0, 0.5), {"reward: r": 1.0, "judge: j": 0.0}, None),
+        ((-1.0, -0.5), {"reward: r": 1.0, "judge: j": 0.0}, None),
+        ((1.0, 0.0), {"reward: r": 1.0, "judge: j": 0.0}, None),
+        ((1.0, float("nan")), {"reward: r": 1.0, "judge: j": 0.0}, None),
+    ],
+)
+def test_a_reward_that_rose_while_a_judge_fell_is_told_by_the_closing_table(after, weights, message):
+    found = judged_worse(estimates([made_up(0.0, 0.0), made_up(*after)], seed=0), weights)
+    assert (found is None) if message is None else (found is not None and message in found)
+
+
+def test_a_fall_within_its_interval_is_no_alarm():
+    after = made_up(1.0, -0.1)
+    after.scores["judge: j"][::2] += 3.0  # half of them better, half of them worse, on average a little lower
+    after.scores["judge: j"][1::2] -= 3.0
+    found = estimates([made_up(0.0, 0.0), after], seed=0)
+    assert found["judge: j"][-1].value < 0 < found["judge: j"][-1].high
+    assert judged_worse(found, {"reward: r": 1.0, "judge: j": 0.0}) is None
+
+
+def test_the_closing_alarm_is_recorded_shown_in_red_and_reported(recipe, tmp_path):
+    run = Run(load_recipe(recipe), tmp_path / "run", plain=True)
+    shown = []
+    run.terminal.note = lambda text, style="": shown.append((text, style))
+    outcomes = [made_up(0.0, 0.0), made_up(1.0, -0.5)]
+    record_comparison(run, [], outcomes, {"reward: r": 1.0, "judge: j": 0.0})
+    run.close()
+    assert alarms_of(tmp_path / "run") == {"judged_worse": None}
+    assert [style for text, style in shown if text.startswith("ALARM eval: on held-out prompts reward: r")] == [
+        "bold red"
+    ]
+    html = write_report(tmp_path / "run").read_text()
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.S)[1])
+    assert [a["message"][:16] for a in data["alarms"]] == ["on held-out prom"]
 
 
 def test_every_alarm_is_tried_here():
@@ -116,7 +184,11 @@ def train(recipe, rows, out, *over, reward=count_vowels):
 
 
 def alarms_of(folder):
-    return {e["name"]: e["step"] for e in read_events(folder / "events.jsonl") if e["kind"] == "alarm"}
+    return {e["name"]: e.get("step") for e in read_events(folder / "events.jsonl") if e["kind"] == "alarm"}
+
+
+def metric_of(folder, name):
+    return [e["metrics"][name] for e in read_events(folder / "events.jsonl") if e["kind"] == "step"]
 
 
 def same_for_all(prompts, completions, rows):
@@ -170,6 +242,59 @@ def test_c16_a_first_ratio_that_is_not_one_is_told(recipe, rows, tmp_path, monke
 def test_a_policy_driven_far_from_its_start_is_told(recipe, rows, tmp_path):
     found = alarms_of(train(recipe, rows, tmp_path / "run", "rl.optim.lr=0.3", "rl.kl=0.0001", "rl.steps=6"))
     assert "far_from_start" in found
+
+
+REWARDS = """
+calls = []
+
+def vowels(prompts, completions, rows):
+    return [float(sum(c in "aeiou" for c in text)) for text in completions]
+
+def rest(prompts, completions, rows):
+    return [sum(c not in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+def fickle(prompts, completions, rows):
+    calls.append(1)
+    return [(-1.0) ** len(calls) * len(prompt) for prompt in prompts]
+"""
+
+
+def paid_by_files(recipe, folder, rewards):
+    """rl alone, paid by functions of a file: name -> weight."""
+    (folder / "rewards.py").write_text(REWARDS)
+    recipe["rl"]["reward"] = {f"{folder}/rewards.py:{name}": weight for name, weight in rewards.items()}
+    recipe["rl"]["kl"] = 0
+    recipe["checkpoint_minutes"] = 60
+    return recipe
+
+
+def test_a_policy_that_says_one_thing_only_is_told(recipe, rows, tmp_path):
+    paid_by_files(recipe, tmp_path, {"vowels": 1.0})
+    folder = train(recipe, rows, tmp_path / "run", "rl.optim.lr=0.05", "rl.steps=12", reward=None)
+    entropy = metric_of(folder, "policy/entropy")
+    first = next(i for i, value in enumerate(entropy, 1) if i > FIRST and value < 0.1 * np.mean(entropy[:FIRST]))
+    assert alarms_of(folder)["entropy_collapsed"] == first
+
+
+def test_a_reward_that_is_climbed_at_the_cost_of_a_metric_is_told_twice(recipe, rows, tmp_path):
+    """While it happens, by the trends over rollouts, and at the end, by the table."""
+    paid_by_files(recipe, tmp_path, {"vowels": 1.0, "rest": 0.0})
+    folder = train(recipe, rows, tmp_path / "run", "rl.optim.lr=0.01", "rl.steps=24", "eval.prompts=24", reward=None)
+    found = alarms_of(folder)
+    assert found["reward_without_metric"] >= LAST and "judged_worse" in found
+    assert (
+        "reward: rest -"
+        in next(e for e in read_events(folder / "events.jsonl") if e.get("name") == "judged_worse")["message"]
+    )
+
+
+def test_a_critic_that_is_worse_than_none_is_told(recipe, rows, tmp_path):
+    """What it has learned of one rollout is the opposite of the next one's truth: the reward changes its sign."""
+    paid_by_files(recipe, tmp_path, {"fickle": 1.0})
+    recipe["rl"] |= {"critic": "detached", "value_weight": 1.0, "value_clip": 100.0, "prompts": 18, "epochs": 4}
+    folder = train(recipe, rows, tmp_path / "run", "rl.optim.lr=0.01", "rl.steps=10", reward=None)
+    told_at, explained = alarms_of(folder)["critic_misleads"], metric_of(folder, "critic/explained_variance")
+    assert all(value < 0 for value in explained[told_at - WINDOW : told_at])
 
 
 def test_c50_weights_that_do_not_reach_the_engine_stop_the_run(recipe, rows, tmp_path, monkeypatch):

@@ -83,9 +83,8 @@ class Terminal:
         elif kind == "account":
             self.note(event["text"])
         elif kind == "alarm":
-            self.note(
-                f"ALARM {event.get('stage', '')}, step {event.get('step', '')}: {event['message']}", style="bold red"
-            )
+            step = f", step {event['step']}" if event.get("step") is not None else ""
+            self.note(f"ALARM {event.get('stage', '')}{step}: {event['message']}", style="bold red")
         elif kind == "table":
             self._print(_table(event))
             self.note(event["note"], style="dim")

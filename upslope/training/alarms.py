@@ -3,7 +3,8 @@
 Each alarm is a pure function of a rollout's metrics, those of earlier rollouts and the [rl] table, and answers with a
 message or nothing. One that begins is recorded, shown in red and put into the report; while it lasts it is silent.
 Three things stop a run instead, for it can no longer be right: optimizer steps in a row that are not finite (below),
-weights that did not reach the engine (engine.py), and more failed rewards than rl.max_failures (scoring.py).
+weights that did not reach the engine (engine.py), and more failed rewards than rl.max_failures (scoring.py). The table
+at the end of a run has an alarm of its own (judged_worse).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 from upslope.checkpoint import atomic_write_text
 from upslope.config import RL
 from upslope.errors import RunError
+from upslope.evaluate import Estimate
 from upslope.training.run import Run
+from upslope.training.scoring import source_name
 from upslope.training.state import RunState
 
 Metrics = Mapping[str, float]
@@ -95,7 +98,7 @@ def reward_without_metric(now: Metrics, before: Sequence[Metrics], rl: RL) -> st
     if len(recent) < LAST or _trend(recent, "reward/mean") < SURE:
         return None
     for source, weight in rl.rewards.items():
-        name = f"reward/{source.rpartition(':')[2]}"
+        name = f"reward/{source_name(source)}"
         if weight == 0 and _trend(recent, name) < -SURE:
             return f"the reward rises while {name.removeprefix('reward/')} falls: it may be learned to be cheated"
     return None
@@ -129,6 +132,20 @@ def alarms(now: Metrics, before: Sequence[Metrics], rl: RL) -> dict[str, str]:
     """Name -> message of every alarm that a rollout gives. before: the FIRST rollouts of the run and the LAST ones."""
     found = {name: alarm(now, before, rl) for name, alarm in ALARMS.items()}
     return {name: message for name, message in found.items() if message}
+
+
+def judged_worse(found: Mapping[str, Sequence[Estimate]], weights: Mapping[str, float]) -> str | None:
+    """The closing table: a reward that is paid for rises while a judge, which is not, falls, both beyond chance.
+
+    found: the table's rows, the change last; weights: of its rewards and judges, 0 where nothing is paid for one.
+    """
+    change = {name: found[name][-1] for name in weights}
+    risen = [name for name, weight in weights.items() if weight > 0 and change[name].low > 0]
+    fallen = [name for name, weight in weights.items() if weight == 0 and change[name].high < 0]
+    if not risen or not fallen:
+        return None
+    up, down = (", ".join(f"{name} {change[name].text(2)}" for name in names) for names in (risen, fallen))
+    return f"on held-out prompts {up} has risen while {down} has fallen: the reward may have been cheated"
 
 
 def watch(run: Run, rl: RL, state: RunState, metrics: Metrics) -> None:

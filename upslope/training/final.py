@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,7 @@ from upslope.models.decoder import Decoder
 from upslope.models.runner import DecoderRunner
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.alarms import judged_worse
 from upslope.training.batches import micro_batches
 from upslope.training.collect import generate, sampling_of
 from upslope.training.episode import Episode, action_starts, lay_out
@@ -90,8 +91,13 @@ def completion_logprobs(model: Decoder, episodes: Sequence[Episode], temperature
     return sums
 
 
-def record_comparison(run: Run, prompts: Sequence[Prompt], outcomes: Sequence[Outcome]) -> dict[str, list[Estimate]]:
-    """Write the table of two outcomes, and some prompts with both continuations, into the run."""
+def record_comparison(
+    run: Run, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], weights: Mapping[str, float]
+) -> dict[str, list[Estimate]]:
+    """Write the table of two outcomes, and some prompts with both continuations, into the run.
+
+    weights: of the table's rewards and judges; where what is paid for rose and what is not fell, an alarm is recorded.
+    """
     found = estimates(outcomes, seed=run.recipe.seed)
     note = f"{len(prompts)} held-out prompts, one completion each; value [95 % bootstrap interval over prompts]"
     run.record(
@@ -102,6 +108,9 @@ def record_comparison(run: Run, prompts: Sequence[Prompt], outcomes: Sequence[Ou
         rows=table_rows(outcomes, found),
         note=note,
     )
+    message = judged_worse(found, weights)
+    if message:
+        run.record("alarm", stage="eval", name=judged_worse.__name__, message=message)
     before, after = outcomes
     shown = [
         {

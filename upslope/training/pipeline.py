@@ -310,7 +310,9 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     finally:
         scorer.close()
         judges.close()
-    found = record_comparison(p.run, prompts, outcomes)
+    weights = {f"judge: {source.name}": 0.0 for source in judges.sources}
+    weights |= {f"reward: {s.name}": weight for s, weight in zip(scorer.sources, scorer.weights, strict=True)}
+    found = record_comparison(p.run, prompts, outcomes, weights)
     closing = {name: {"before": row[0].value, "after": row[1].value} for name, row in found.items()}
     p.run.mark_done("eval", closing)
 

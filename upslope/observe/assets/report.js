@@ -59,7 +59,10 @@ function tables() {
 }
 
 function alarms() {
-  for (const alarm of data.alarms) make("p", "alarm", "Alarm in " + alarm.stage + ", step " + alarm.step + ": " + alarm.message);
+  for (const alarm of data.alarms) {
+    const step = alarm.step == null ? "" : ", step " + alarm.step;
+    make("p", "alarm", "Alarm in " + alarm.stage + step + ": " + alarm.message);
+  }
 }
 
 function pairs() {

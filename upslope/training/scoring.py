@@ -7,12 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from upslope.errors import RewardError
+from upslope.errors import RecipeError, RewardError
 from upslope.models.heads import RewardModel
 from upslope.rewards.functions import FunctionReward
 from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode
 from upslope.training.pairs import score_texts
+
+
+TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
 
 
 class Source(Protocol):
@@ -75,7 +78,8 @@ class FunctionSource:
 class Scorer:
     """A weighted sum of sources: a failure of any is the failure of the episode, never a 0.
 
-    pieces: the text that each of some token ids adds, by which a reward's steps find their actions.
+    pieces: the text that each of some token ids adds, by which a reward's steps find their actions. Raises RecipeError
+    for a reward whose name is that of another metric.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Scorer:
         self.weights = list(weights)
         self.max_failures = max_failures
         self.pieces = pieces
+        for name in {source.name for source in self.sources} & TAKEN:
+            raise RecipeError(f"a reward named {name} would be taken for the metric reward/{name}", "rename it")
 
     def score(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> None:
         """Fill in each episode's rewards, steps, total and failure; `check` judges how many failed."""

@@ -14,7 +14,6 @@ from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode
 from upslope.training.pairs import score_texts
 
-
 TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
 
 

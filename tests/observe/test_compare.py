@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from upslope.config import load_recipe
 from upslope.errors import RunError
 from upslope.observe.compare import as_cells, as_markdown, compare, compare_runs, show
 from upslope.observe.events import EventLog
@@ -16,6 +17,7 @@ from upslope.observe.runs import (
     differing,
     estimate,
     find_runs,
+    flat,
     last_quarter,
     measures,
     objective,
@@ -23,6 +25,8 @@ from upslope.observe.runs import (
     short_names,
     t_quantile,
 )
+
+RECIPE = {"model": "m", "data": {"rows": "r", "text": "t", "prompt_words": 2}}
 
 
 def make_run(folder, *, rewards=(0.0, 1.0, 2.0, 3.0), advantages=True, after=0.5, steps=4, recipe=None, **rl):
@@ -201,3 +205,13 @@ def test_bad_folders_are_one_line(tmp_path, make, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(RunError):
         find_runs(tmp_path / "nowhere")
+
+
+def test_keys_that_an_algorithms_name_brings_with_it_are_no_columns():
+    def settings(algorithm, **keys):
+        rl = load_recipe(RECIPE | {"rl": {"reward": "a:b", "algorithm": algorithm, **keys}}).model_dump(mode="json")
+        return flat(rl)
+
+    assert differing([settings("ppo"), settings("grpo"), settings("trpo")]) == ["rl.algorithm"]
+    assert differing([settings("ppo"), settings("grpo", samples=4)]) == ["rl.algorithm", "rl.samples"]
+    assert differing([settings("ppo"), settings("ppo", lam=0.5)]) == ["rl.lam"]

@@ -14,11 +14,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from upslope.config import STAGES
+from upslope.config import PRESETS, RL, STAGES
 from upslope.errors import RunError
 from upslope.observe.events import read_events
 from upslope.observe.report import collect
@@ -172,7 +173,8 @@ def t_quantile(freedom: int) -> float:
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys whose values differ between runs, among those that have the key; seed and name are no such key.
 
-    A stage's optim.x that only follows the recipe's own optim.x is left out.
+    A stage's optim.x that only follows the recipe's own optim.x is left out, and so are keys of [rl] that are in every
+    run what its algorithm's row says.
     """
     keys = list(dict.fromkeys(key for one in settings for key in one if key not in NEVER_COLUMNS))
     found = [key for key in keys if len({json.dumps(one[key]) for one in settings if key in one}) > 1]
@@ -182,7 +184,21 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         parent = f"optim.{leaf}"
         return bool(optim) and parent in found and all(one.get(key, one[parent]) == one[parent] for one in settings)
 
-    return [key for key in found if not follows(key)]
+    def of_algorithm(key: str) -> bool:
+        runs = [one for one in settings if "rl.algorithm" in one]
+        return key.startswith("rl.") and all(one.get(key) == _row(one["rl.algorithm"]).get(key) for one in runs)
+
+    by_name = "rl.algorithm" in found
+    return [key for key in found if not follows(key) and not (by_name and key != "rl.algorithm" and of_algorithm(key))]
+
+
+@cache
+def _row(algorithm: str) -> dict[str, Any]:
+    """[rl] as an algorithm's name alone makes it, by dotted key; nothing for a name that is none."""
+    if algorithm not in PRESETS:
+        return {}
+    given = {"teacher": "t"} if algorithm == "gkd" else {"reward": "a:b"}
+    return flat({"rl": RL.model_validate({"algorithm": algorithm, **given}).model_dump(mode="json")})
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -5,10 +5,9 @@ from safetensors.torch import load_file
 
 import upslope
 from tests.conftest import make_recipe
-from tests.training.test_pipeline import count_vowels, outcome, same
+from tests.training.test_pipeline import count_vowels, outcome, same, stop_at_ask
 from upslope.config import PRESETS
 from upslope.errors import Interrupted
-from upslope.training.run import Run
 
 
 def recipe_of(name, model_dir, **rl):
@@ -59,14 +58,7 @@ def test_c16_every_algorithm_starts_from_a_ratio_of_one_and_moves(finished, name
 def test_c55_every_algorithm_stopped_anywhere_ends_where_an_unbroken_run_ends(
     finished, model_dir, rows, tmp_path, monkeypatch, name, stop_at
 ):
-    asked = 0
-
-    def ask(self):
-        nonlocal asked
-        asked += 1
-        return asked == stop_at
-
-    monkeypatch.setattr(Run, "should_stop", ask)
+    stop_at_ask(monkeypatch, stop_at)
     with pytest.raises(Interrupted):
         train(name, model_dir, rows, tmp_path / "run")
     monkeypatch.undo()

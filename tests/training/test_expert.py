@@ -9,7 +9,7 @@ import torch
 
 import upslope
 from tests.conftest import make_recipe
-from tests.training.test_pipeline import outcome, same
+from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import Expert
 from upslope.errors import DataError, Interrupted, RecipeError, RewardError, RunError
 from upslope.observe.events import read_events
@@ -18,7 +18,6 @@ from upslope.rewards.types import RewardOutput
 from upslope.training import expert
 from upslope.training.episode import Episode
 from upslope.training.expert import best_of, examples_of, mark_best
-from upslope.training.run import Run
 from upslope.training.scoring import LearnedSource, Scorer
 
 
@@ -161,14 +160,7 @@ def test_c55_an_expert_stage_stopped_anywhere_ends_where_an_unbroken_one_ends(
     unbroken, rows, tmp_path, monkeypatch, stop_at
 ):
     recipe, _, first, samples = unbroken
-    asked = 0
-
-    def ask(self):
-        nonlocal asked
-        asked += 1
-        return asked == stop_at
-
-    monkeypatch.setattr(Run, "should_stop", ask)
+    stop_at_ask(monkeypatch, stop_at)
     with pytest.raises(Interrupted, match="the same command"):
         upslope.train(recipe, rows=rows, out=tmp_path / "run", plain=True)
     monkeypatch.undo()

@@ -93,17 +93,22 @@ def test_c57_the_same_seed_gives_the_same_run_and_another_seed_another(unbroken,
     assert [e["completion"] for e in other[2]] != [e["completion"] for e in first[2]]
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 7, 9, 12, 17, 23, 29, 34])
-def test_c55_a_run_stopped_anywhere_ends_where_an_unbroken_one_ends(unbroken, rows, tmp_path, monkeypatch, stop_at):
-    recipe, _, first = unbroken
+def stop_at_ask(monkeypatch, number):
+    """A stop is asked for when a run looks for one for the `number`-th time, once."""
     asked = 0
 
     def ask(self):
         nonlocal asked
         asked += 1
-        return asked == stop_at
+        return asked == number
 
     monkeypatch.setattr(Run, "should_stop", ask)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7, 9, 12, 17, 23, 29, 34])
+def test_c55_a_run_stopped_anywhere_ends_where_an_unbroken_one_ends(unbroken, rows, tmp_path, monkeypatch, stop_at):
+    recipe, _, first = unbroken
+    stop_at_ask(monkeypatch, stop_at)
     with pytest.raises(Interrupted, match="the same command carries on"):
         upslope.train(recipe, rows=rows, out=tmp_path / "run", plain=True)
     monkeypatch.undo()

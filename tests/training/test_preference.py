@@ -8,7 +8,7 @@ import torch
 
 import upslope
 from tests.conftest import tiny_decoder
-from tests.training.test_pipeline import outcome, same
+from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import load_recipe
 from upslope.errors import DataError, Interrupted, RecipeError
 from upslope.models.heads import RewardModel
@@ -19,7 +19,6 @@ from upslope.training import preference
 from upslope.training.pairs import OBJECTIVES, PolicyLearner, RewardLearner, lay_out_pairs, pair_logprobs
 from upslope.training.preference import pair_step
 from upslope.training.reference import mismatched, remember
-from upslope.training.run import Run
 from upslope.training.state import RunState
 from upslope.training.update import StopAsked
 
@@ -269,14 +268,7 @@ def test_c55_a_preference_stage_stopped_anywhere_ends_where_an_unbroken_one_ends
     unbroken, pair_rows, tmp_path, monkeypatch, stop_at
 ):
     recipe, first = unbroken
-    asked = 0
-
-    def ask(self):
-        nonlocal asked
-        asked += 1
-        return asked == stop_at
-
-    monkeypatch.setattr(Run, "should_stop", ask)
+    stop_at_ask(monkeypatch, stop_at)
     with pytest.raises(Interrupted, match="the same command carries on"):
         upslope.train(recipe, rows=pair_rows, out=tmp_path / "run", plain=True)
     monkeypatch.undo()

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from upslope.config.rl import RL
 
 GROUP_BASELINES = ("group", "leave_one_out", "best")
-RATIO_LOSSES = ("clip", "surrogate", "sequence_clip", "cispo")
 
 
 def check(rl: RL) -> None:

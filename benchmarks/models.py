@@ -101,18 +101,16 @@ def write_rows(folder: Path, files: list[Path], tokenizer: Tokenizer, size: Size
     eos = tokenizer.eos_id
     prompts, fits, pairs = [], [], []
     for _ in range(size.rows):
-        prompt, *sides = cut(cuts, tokenizer, [size.prompt, size.prompt // 4, size.prompt // 4])
-        prompts.append(
-            {"prompt": prompt[0], "ids": prompt[1], "chosen": sides[0][0], "rejected": sides[1][0]},
-        )
-        text, ids = cut(cuts, tokenizer, [length() - 1])[0]
+        prompt, ids = cut(cuts, tokenizer, size.prompt)
+        chosen, rejected = (cut(cuts, tokenizer, size.prompt // 4)[0] for _ in range(2))
+        prompts.append({"prompt": prompt, "ids": ids, "chosen": chosen, "rejected": rejected})
+        text, ids = cut(cuts, tokenizer, length() - 1)
         fits.append({"text": text, "ids": [*ids, eos]})
         shared = min(PAIR_PROMPT, low // 2)
-        (first, first_ids), (one, one_ids), (two, two_ids) = cut(
-            cuts, tokenizer, [shared, length() - shared - 1, length() - shared - 1]
-        )
-        ids_of = {"prompt_ids": first_ids, "chosen_ids": [*one_ids, eos], "rejected_ids": [*two_ids, eos]}
-        pairs.append({"prompt": first, "chosen": one, "rejected": two, **ids_of})
+        first = cut(cuts, tokenizer, shared)
+        one, two = (cut(cuts, tokenizer, length() - shared - 1, after=first) for _ in range(2))
+        ids_of = {"prompt_ids": first[1], "chosen_ids": [*one[1], eos], "rejected_ids": [*two[1], eos]}
+        pairs.append({"prompt": first[0], "chosen": one[0], "rejected": two[0], **ids_of})
     folder.mkdir()
     for name, rows in (("prompts", prompts), ("sft", fits), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -127,17 +125,17 @@ def pieces(files: list[Path], tokenizer: Tokenizer, draw: random.Random) -> Iter
         yield tokenizer.encode(text[start : start + 4000])
 
 
-def cut(cuts: Iterator[list[int]], tokenizer: Tokenizer, lengths: list[int]) -> list[tuple[str, list[int]]]:
-    """Texts of exactly so many tokens, each of which the tokenizer reads back as the same ids."""
-    found: list[tuple[str, list[int]]] = []
-    for ids in cuts:
-        taken = ids[: lengths[len(found)]]
-        text = tokenizer.decode(taken)
-        if len(taken) == lengths[len(found)] and tokenizer.encode(text) == taken and text.strip():
-            found.append((text, taken))
-        if len(found) == len(lengths):
-            return found
-    raise AssertionError("the walk is endless")
+def cut(
+    cuts: Iterator[list[int]], tokenizer: Tokenizer, length: int, after: tuple[str, list[int]] = ("", [])
+) -> tuple[str, list[int]]:
+    """A text of exactly so many tokens, read back as the same ids by itself and behind the text `after`."""
+    before, shown = after
+    while True:
+        ids = next(cuts)[:length]
+        text = tokenizer.decode(ids)
+        alone, behind = tokenizer.encode(text) == ids, tokenizer.encode(before + text) == [*shown, *ids]
+        if len(ids) == length and text.strip() and alone and behind:
+            return text, ids
 
 
 def read_rows(model: Path, name: str) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def toml(table: dict[str, Any], name: str = "") -> str:
 
 def rows_table(job: Job, name: str, max_tokens: int, **columns: str) -> dict[str, Any]:
     path = (job.model.parent / "rows" / f"{name}.jsonl").resolve()
-    return {"rows": str(path), "max_tokens": max_tokens, "valid": 0.05, "test": 0.05, **columns}
+    return {"rows": str(path), "max_tokens": max_tokens, "valid": 0.1, "test": 0.1, **columns}
 
 
 def grpo(job: Job) -> dict[str, Any]:

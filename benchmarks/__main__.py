@@ -28,9 +28,7 @@ def main() -> int:
         print(f"error: no model {model_name!r} of size {size.name}; choose {', '.join(size.models)}", file=sys.stderr)
         return 2
     folder = prepare(args.work, size)
-    session = Session(
-        folder / model_name, size, args.peers, args.dtype, args.device, args.threads, args.repeats
-    )
+    session = Session(folder / model_name, size, args.peers, args.dtype, args.device, args.threads, args.repeats)
     try:
         session.measure(args.names or list(TASKS))
     except KeyboardInterrupt:

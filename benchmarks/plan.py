@@ -102,7 +102,9 @@ ROWS = [
     Row("log-probs, against the whole N x V", own("logprobs", "speedup"), aim=1),
     Row("GAE of 1,000,000 tokens", own("gae"), None, 10, 3, False, "ms"),
     Row("generation time of twice the samples", own("growth"), None, 2.05, None, False),
-    Row("training time a token at 4k beyond attention's FLOPs", own("growth", "length_excess"), None, 0.15, None, False),
+    Row(
+        "training time a token at 4k beyond attention's FLOPs", own("growth", "length_excess"), None, 0.15, None, False
+    ),
     Row("`upslope --help`", own("start"), None, 0.3, None, False, "s"),
     Row("to the first training step", own("start", "first_step_s"), None, 8, None, False, "s"),
 ]

@@ -128,7 +128,9 @@ def section(results: Sequence[dict[str, Any]]) -> str:
     measured = newest(results)
     where = f"{last['machine']['processor']}, {last['machine']['cores']} cores"
     lines = [f"### {last['model']}, {last['dtype']}, {last['device']}: {where}", "", markdown(measured), ""]
-    lines.append(f"Last measured {last['made'][:10]}, {last['threads']} threads, torch {last['versions'].get('torch')}.")
+    lines.append(
+        f"Last measured {last['made'][:10]}, {last['threads']} threads, torch {last['versions'].get('torch')}."
+    )
     if any(result["changed_files"] for result in results):
         lines.append("At least one of these was measured with uncommitted changes: see `changed_files` in the results.")
     absent = missing(results, measured)

@@ -230,7 +230,7 @@ def start(job: Job) -> dict[str, Any]:
     tables = {"data": rows_table(job, "sft", job.size.sft_high, text="text"), "sft": stage}
     first: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        for attempt in range(3):
+        for attempt in range(min(3, job.size.rounds)):
             found = train(job, "sft", tables, Path(folder) / str(attempt))
             first.append(found.stamps[0] - found.started)
     return job.line(helped, "s", first_step_s=statistics.median(first[1:]), first_steps=first)

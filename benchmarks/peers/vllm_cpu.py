@@ -11,7 +11,7 @@ from benchmarks.peers.common import Job, run
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
-from vllm import LLM, SamplingParams  # noqa: E402, it reads its settings from the environment when it is imported
+from vllm import LLM, SamplingParams  # reads its settings from the environment when it is imported
 
 
 def generate(job: Job) -> tuple[float, str, dict[str, Any]]:

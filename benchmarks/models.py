@@ -40,11 +40,11 @@ def prepare(work: Path, size: Size) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     files = sources(size.files)
-    inner = train_tokenizer(files, size.tokenizer)
+    raw = train_tokenizer(files, size.tokenizer)
     for name, shape in size.models.items():
         save_model(new_model(shape), partial / name)
-        inner.save_pretrained(str(partial / name))
-    write_rows(partial / "rows", files, Tokenizer(inner, "the benchmarks"), size)
+        wrapped(padded(raw, shape.vocab)).save_pretrained(str(partial / name))
+    write_rows(partial / "rows", files, Tokenizer(wrapped(raw), "the benchmarks"), size)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
@@ -72,7 +72,7 @@ def sources(count: int) -> list[Path]:
     return [path for path in found if path.stat().st_size > 8000][:count]
 
 
-def train_tokenizer(files: list[Path], vocab: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(files: list[Path], vocab: int) -> RawTokenizer:
     """Byte-level BPE with the three marks that the peers' trainers ask for, at the ids that Llama's defaults name."""
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,6 +84,23 @@ def train_tokenizer(files: list[Path], vocab: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     raw.train_from_iterator((path.read_text(errors="replace") for path in files), trainer)
+    return raw
+
+
+def padded(raw: RawTokenizer, vocab: int) -> RawTokenizer:
+    """The same with tokens that no text has, so that every logit of the model is a token's: random weights choose all.
+
+    Raises ValueError for a vocabulary smaller than the tokenizer's.
+    """
+    text = json.loads(raw.to_str())
+    entries = text["model"]["vocab"]
+    if len(entries) > vocab:
+        raise ValueError(f"a vocabulary of {vocab} is less than the tokenizer's {len(entries)}")
+    entries |= {f"unused{i}": i for i in range(len(entries), vocab)}
+    return RawTokenizer.from_str(json.dumps(text))
+
+
+def wrapped(raw: RawTokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )

@@ -20,6 +20,7 @@ from benchmarks.sizes import Size
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 3600.0  # of one process
+OUTPUT = (":!benchmarks/results", ":!benchmarks/README.md")  # what measuring itself writes is no change of the code
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -111,7 +112,7 @@ class Session:
             "size": self.size.name,
             "repeats": self.repeats,
             "commit": git("rev-parse", "HEAD"),
-            "changed_files": git("status", "--porcelain", "--", "upslope", "benchmarks").splitlines(),
+            "changed_files": git("status", "--porcelain", "--", "upslope", "benchmarks", *OUTPUT).splitlines(),
             "versions": versions(PACKAGES),
             "runs": self.runs,
             "not_measured": self.missing,

@@ -37,8 +37,8 @@ class Job:
         return torch.device(self.device_name)
 
     def line(self, value: float, unit: str, *, memory_gb: float | None = None, **details: Any) -> dict[str, Any]:
-        """The record of this measurement."""
-        if self.device_name == "cuda":
+        """The record of this measurement; memory_gb: of the process that did the work, where it was not this one."""
+        if self.device_name == "cuda" and memory_gb is None:
             details["peak_device_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return line(self.name, "upslope", value, unit, packages=PACKAGES, memory_gb=memory_gb, **details)
 

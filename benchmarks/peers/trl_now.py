@@ -76,8 +76,7 @@ class CountingTrainer(SFTTrainer):  # type: ignore[misc]
     stamps: Stamps
 
     def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        labels = inputs["labels"]
-        self.stamps.amount += float((labels[:, 1:] != -100).sum())  # a first token is predicted by nothing
+        self.stamps.amount += float((inputs["labels"] != -100).sum())
         return super().training_step(model, inputs, *rest, **named)
 
 

@@ -62,6 +62,7 @@ def test_every_program_is_in_a_task_and_tested():
 def test_a_grpo_step_is_one_update_of_the_given_shape(model, monkeypatch, capsys):
     details = measured("grpo", model, monkeypatch, capsys)["details"]
     assert details["updates"] == 1 and len(details["intervals"]) == SMOKE.grpo_steps - 1
+    assert details["metrics"]["policy/sampler_gap_max"] < 1e-4
 
 
 def test_a_ppo_batch_makes_every_epochs_minibatches(model, monkeypatch, capsys):
@@ -75,6 +76,7 @@ def test_both_ways_of_log_probs_have_the_same_gradient(model, monkeypatch, capsy
 
 def test_rows_have_the_lengths_they_promise_and_read_back_as_their_ids(model):
     tokenizer = Tokenizer.load(model)
+    assert tokenizer.vocab_size == SMOKE.models["tiny"].vocab  # every logit is a token's
     for row in read_rows(model, "prompts"):
         assert len(row["ids"]) == SMOKE.prompt and tokenizer.encode(row["prompt"]) == row["ids"]
     for row in read_rows(model, "sft"):

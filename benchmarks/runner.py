@@ -127,7 +127,11 @@ def git(*words: str) -> str:
 
 def machine() -> dict[str, Any]:
     """The machine without its name: processor, cores, memory, system."""
-    facts = {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.platform(terse=True)}
+    facts: dict[str, Any] = {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(terse=True),
+    }
     try:
         info = Path("/proc/cpuinfo").read_text()
         memory = Path("/proc/meminfo").read_text()

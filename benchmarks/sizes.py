@@ -105,7 +105,7 @@ FULL = Size(
 
 SMOKE = Size(
     name="smoke",
-    models={"tiny": Shape(32, 2, 2, 1, 48, 512, context=256)},
+    models={"tiny": Shape(64, 2, 2, 1, 96, 512, context=256)},
     tokenizer=400,
     files=4,
     slots=4,

@@ -33,7 +33,7 @@ PROGRAMS: dict[str, Callable[[Job], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ours", description=__doc__)
     parser.add_argument("name", choices=PROGRAMS)
     parser.add_argument("--model", type=Path, required=True, help="a model folder of the work folder")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", choices=SIZES, default="full")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     job = Job(args.name, args.dtype, args.device, args.threads, args.model, SIZES[args.size])
     print(json.dumps(PROGRAMS[args.name](job)))

@@ -70,10 +70,10 @@ def extra_gb(job: Job, way: Callable[[], object], kept: float) -> float | None:
     if job.device_name == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         way()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9 - kept
+        return (torch.cuda.max_memory_allocated() - held) / 1e9 - kept
     if sys.platform != "linux":
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

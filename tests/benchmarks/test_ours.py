@@ -1,8 +1,9 @@
 """Every program of upslope's side runs at a tiny size and says what it promises; no time is asserted."""
 
+import io
 import json
 import math
-import sys
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -36,16 +37,25 @@ def model(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("work"), SMOKE) / "tiny"
 
 
-def measured(name, model, monkeypatch, capsys):
-    argv = ["ours", name, "--model", str(model), "--size", "smoke", "--threads", "1", "--dtype", "fp32"]
-    monkeypatch.setattr(sys, "argv", argv)
-    ours.main()
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+@pytest.fixture(scope="module")
+def measured(model):
+    """A program's line; each runs once."""
+    lines = {}
+
+    def run(name):
+        if name not in lines:
+            argv = [name, "--model", str(model), "--size", "smoke", "--threads", "1", "--dtype", "fp32"]
+            with redirect_stdout(io.StringIO()) as out:
+                ours.main(argv)
+            lines[name] = json.loads(out.getvalue().splitlines()[-1])
+        return lines[name]
+
+    return run
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_a_program_prints_what_the_table_reads(name, model, monkeypatch, capsys):
-    line = measured(name, model, monkeypatch, capsys)
+def test_a_program_prints_what_the_table_reads(name, measured):
+    line = measured(name)
     assert (line["what"], line["by"], line["unit"]) == (name, UPSLOPE, UNITS[name])
     assert line["value"] > 0 and math.isfinite(line["value"]) and line["peak_gb"] > 0 and line["versions"]["torch"]
     for row in ROWS:
@@ -59,19 +69,19 @@ def test_every_program_is_in_a_task_and_tested():
     assert named == set(ours.PROGRAMS) == set(UNITS)
 
 
-def test_a_grpo_step_is_one_update_of_the_given_shape(model, monkeypatch, capsys):
-    details = measured("grpo", model, monkeypatch, capsys)["details"]
+def test_a_grpo_step_is_one_update_of_the_given_shape(measured):
+    details = measured("grpo")["details"]
     assert details["updates"] == 1 and len(details["intervals"]) == SMOKE.grpo_steps - 1
     assert details["metrics"]["policy/sampler_gap_max"] < 1e-4
 
 
-def test_a_ppo_batch_makes_every_epochs_minibatches(model, monkeypatch, capsys):
-    details = measured("ppo-shared", model, monkeypatch, capsys)["details"]
+def test_a_ppo_batch_makes_every_epochs_minibatches(measured):
+    details = measured("ppo-shared")["details"]
     assert details["updates"] == SMOKE.ppo_epochs * SMOKE.ppo_minibatches
 
 
-def test_both_ways_of_log_probs_have_the_same_gradient(model, monkeypatch, capsys):
-    assert measured("logprobs", model, monkeypatch, capsys)["details"]["gradient_error"] < 1e-5
+def test_both_ways_of_log_probs_have_the_same_gradient(measured):
+    assert measured("logprobs")["details"]["gradient_error"] < 1e-5
 
 
 def test_rows_have_the_lengths_they_promise_and_read_back_as_their_ids(model):

@@ -13,6 +13,7 @@ from upslope.config import Scratch
 from upslope.errors import ModelError
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
+from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
 from upslope.models.names import HUGGING_FACE
 from upslope.models.runner import DecoderRunner
 from upslope.models.trunk import Runner, Trunk
@@ -47,8 +48,13 @@ def _new_decoder(shape: Scratch, vocab_size: int) -> Decoder:
     )
 
 
+def _new_lstm(shape: Scratch, vocab_size: int) -> LSTM:
+    return LSTM(LSTMConfig(vocab_size, shape.width, shape.layers, shape.context, shape.tied))
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
+    "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
 }
 
 

@@ -86,6 +86,8 @@ class Pipeline:
                 f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
+        if model.remark:
+            self.run.account(f"the model: {model.remark}")
         model.compute_dtype = self.run.dtype
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)

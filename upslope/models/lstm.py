@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upslope.kernels.products import MIN_ROWS
 from upslope.models.folder import load_folder, save_folder
 from upslope.models.recurrence import Steps, cell, in_order_of_time, recur
-from upslope.models.runner import MIN_ROWS, sum_of_words
+from upslope.models.runner import sum_of_words
 from upslope.models.trunk import Trunk, check_context
 from upslope.ragged import Ragged
 

@@ -25,6 +25,11 @@ def where_and_when() -> str:
     return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {commit}"
 
 
+def section(title: str, path: Path = REPORT) -> list[str]:
+    """The lines under the heading `## title`."""
+    return path.read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
+
+
 def replace_section(title: str, lines: Sequence[str], path: Path = REPORT) -> None:
     """Put lines under the heading `## title`, in the place of what stood there."""
     text = path.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["upslope"], enable_loader_override=Fals
 from tests.checkpoints import ROOT
 from tests.faults.machine import REPORT, replace_section, section, where_and_when
 
-HANG_S = 20
+HANG_S = 120
 MEMORY_MB = 6000
 
 

@@ -23,7 +23,11 @@ MIN_ROWS = 8  # a bf16 product of a single row falls into a slow path on CPUs
 
 @dataclass
 class DecoderCache:
-    """Keys and values (layers, slots, kv heads, capacity, head_dim) and how many tokens each slot holds."""
+    """Keys and values (layers, slots, kv heads, capacity, head_dim) and how many tokens each slot holds.
+
+    Beyond them a slot holds zeros: what is masked there is multiplied by 0, and 0 times a nan that an earlier sequence
+    left would be a nan.
+    """
 
     keys: Tensor
     values: Tensor
@@ -38,6 +42,8 @@ class DecoderCache:
         n = self.length[source]
         self.keys[:, target, :, :n] = self.keys[:, source, :, :n]
         self.values[:, target, :, :n] = self.values[:, source, :, :n]
+        self.keys[:, target, :, n : self.length[target]] = 0
+        self.values[:, target, :, n : self.length[target]] = 0
         self.length[target] = n
 
 
@@ -148,6 +154,8 @@ class DecoderRunner:
                 for slot in chosen:
                     cache.keys[number, slot, :, :length] = keys
                     cache.values[number, slot, :, :length] = values
+                    cache.keys[number, slot, :, length : cache.length[slot]] = 0
+                    cache.values[number, slot, :, length : cache.length[slot]] = 0
             x = self._finish(layer, x, attend(q, k, v, layout).reshape(len(x), -1))
         for p, chosen in enumerate(slots):
             for slot in chosen:

@@ -10,7 +10,7 @@ import torch
 
 from upslope.algo import token_logprobs
 from upslope.engine import Engine
-from upslope.evaluate import Estimate, Outcome, estimates, table_rows
+from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
 from upslope.models.decoder import Decoder
 from upslope.models.runner import DecoderRunner
 from upslope.text.prepare import Prompt
@@ -100,6 +100,7 @@ def record_comparison(
     """
     found = estimates(outcomes, seed=run.recipe.seed)
     note = f"{len(prompts)} held-out prompts, one completion each; value [95 % bootstrap interval over prompts]"
+    note += without_score(outcomes)
     run.record(
         "table",
         stage="eval",

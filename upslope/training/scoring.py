@@ -17,6 +17,9 @@ from upslope.training.pairs import score_texts
 TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
 
 
+FP32_MAX = float(np.finfo(np.float32).max)
+
+
 class Source(Protocol):
     """One named reward over episodes."""
 
@@ -110,6 +113,9 @@ class Scorer:
                 if episode.total is not None:
                     episode.total += weight * float(score)
                     episode.steps += self._placed(episode, output.step_B.get(i, []), weight)
+        for episode in episodes:
+            if episode.total is not None and not _fits([episode.total, *(score for _, score in episode.steps)]):
+                episode.failure, episode.total = f"a weighted score of {episode.total} or its steps: beyond fp32", None
 
     def check(self, episodes: Sequence[Episode]) -> None:
         """Raise RewardError where more than the allowed share of scored episodes failed, or all of them."""
@@ -131,6 +137,11 @@ class Scorer:
     def close(self) -> None:
         for source in self.sources:
             source.close()
+
+
+def _fits(numbers: Sequence[float]) -> bool:
+    """Whether numbers stay numbers in fp32, in which everything behind a reward is computed."""
+    return all(abs(number) <= FP32_MAX for number in numbers)
 
 
 def source_name(source: str) -> str:

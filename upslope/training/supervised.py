@@ -1,6 +1,8 @@
 """Maximum likelihood on examples: the stages pretrain and sft.
 
-loss = - sum over trained tokens of log p(token | before) / number of trained tokens in the optimizer batch
+loss = - sum over trained tokens of log p(token | before) / number of those tokens in the optimizer batch
+
+The first token of an example is predicted by nothing: it is in neither the sum nor the number.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def run_supervised(
 
 def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[Example]) -> dict[str, float]:
     """One optimizer step on a batch of examples; its mean is over the trained tokens of the whole batch."""
-    trained = sum(sum(example.trained) for example in batch)
+    trained = sum(sum(example.trained[1:]) for example in batch)
     model = state.model
     assert isinstance(model, Decoder)
 

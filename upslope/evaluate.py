@@ -111,7 +111,9 @@ def without_score(outcomes: Sequence[Outcome]) -> str:
 
 
 def _failed(outcomes: Sequence[Outcome], name: str) -> np.ndarray:
-    return ~np.isfinite([outcome.scores[name] for outcome in outcomes]).all(axis=0)
+    scores_OP = np.stack([outcome.scores[name] for outcome in outcomes])
+    failed_P: np.ndarray = np.any(~np.isfinite(scores_OP), axis=0)
+    return failed_P
 
 
 def _mean(values: np.ndarray) -> float:

@@ -73,7 +73,10 @@ def main() -> None:
     found = campaign(seconds, names)
     rows = {line.split(" | ")[0]: line for line in section("Fuzzing", REPORT) if line.startswith("| ")}
     kept = [rows[f"| {name}"] for name in TARGETS if name not in names and f"| {name}" in rows]
-    made = [f"| {n} | {seconds} | {day}, {commit} | {tried} | {a}, {b} | {wrong or 'nothing'} |" for n, tried, a, b, wrong in found]
+    made = [
+        f"| {n} | {seconds} | {day}, {commit} | {tried} | {a}, {b} | {wrong or 'nothing'} |"
+        for n, tried, a, b, wrong in found
+    ]
     order = [f"| {name} " for name in TARGETS]
     text = [
         f"`make fuzz` ({machine}). Right is an answer, or an error of one line.",

@@ -1,4 +1,4 @@
-"""Numbers that are none, planted where nothing is read: they reach no loss, no gradient, no metric, no other sequence."""
+"""Numbers that are none, planted where nothing is read, reach no loss, no gradient, no metric and no other sequence."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.runner import DecoderRunner
 from upslope.ragged import Ragged
-from upslope.text.prepare import Example, Pair
+from upslope.text.examples import Example, Pair
 from upslope.training import rl as rl_module
 from upslope.training.controllers import Controllers
 from upslope.training.pairs import PolicyLearner, RewardLearner

@@ -33,7 +33,7 @@ class Controllers:
         self.scores.update(torch.tensor(totals, dtype=torch.float64))
 
     def saw_return(self, mean: float | None) -> None:
-        """Take a rollout's mean return, where it is a number, into the baseline, which is that of the rollouts before."""
+        """Take a rollout's mean return, where it is a number, into the baseline: that of the rollouts before it."""
         if mean is None or not math.isfinite(mean):
             return
         self.returns = mean if self.returns is None else MEMORY * self.returns + (1 - MEMORY) * mean

@@ -45,7 +45,7 @@ def evaluate_policies(
         engine = Engine(
             runner,
             eos_id=tokenizer.eos_id,
-            slots=rl.slots,
+            slots=run.recipe.limits.slots,
             seed=run.recipe.seed,
             text_of=tokenizer.decode,
             valid_vocab=tokenizer.vocab_size,

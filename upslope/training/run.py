@@ -174,7 +174,7 @@ class Run:
             return
         old = json.loads(path.read_text())
         changed = _differences(old, new)
-        changed = [c for c in changed if not c.startswith("checkpoint_minutes:")]
+        changed = [c for c in changed if not c.startswith(("checkpoint_minutes:", "limits."))]
         if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "start", ignore_errors=True)

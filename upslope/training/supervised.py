@@ -16,7 +16,7 @@ from torch import Tensor
 from upslope.algo import token_logprobs
 from upslope.config import Supervised
 from upslope.models.trunk import Trunk
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
@@ -32,8 +32,8 @@ def run_supervised(
     cfg: Supervised,
     model: Trunk,
     tokenizer: Tokenizer,
-    train: list[Example],
-    valid: list[Example],
+    train: Sequence[Example],
+    valid: Sequence[Example],
 ) -> dict[str, float]:
     """Fit the model, report the held-out loss before and after, write STAGE/model. Returns the closing metrics.
 

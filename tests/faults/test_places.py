@@ -46,7 +46,7 @@ def test_a_disk_that_fills_in_a_run_loses_no_good_checkpoint(harness, mount):
     checkpoint_minutes = 0 saves after every step and removes all but two: never the only good one.
     """
     codes, kept = [], 0
-    for pages in range(320, 2000, 24):
+    for pages in range(272, 2000, 8):
         folder = mount("run", f"size={4 * pages}k")
         before = {stage: newest(folder / stage) for stage in STAGES}
         ended = harness.start("ppo-shared", folder, minutes=0)

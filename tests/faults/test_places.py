@@ -14,6 +14,7 @@ import pytest
 
 from tests.checkpoints import ROOT
 from tests.faults.harness import Strike
+from tests.faults.outcome import differences, outcome
 from upslope.checkpoint import load_checkpoint
 
 STAGES = ("sft", "reward", "rl")
@@ -127,7 +128,9 @@ def test_two_runs_begun_at_once_in_one_folder(harness, tmp_path):
     assert sorted(codes) in ([0, 2], [0, 0]), said  # [0, 0]: one had ended before the other began
     assert all("is in use by process" in text for text in refused)
     assert codes == [0, 0] or len(refused) == 1
-    assert harness.trial("pretrain", tmp_path / "run", []) == []
+    expected = harness.reference("pretrain")[0]
+    noted = {name for name in expected if name.startswith("closing state")}  # by the harness, in its own processes
+    assert differences(outcome(tmp_path / "run"), {k: v for k, v in expected.items() if k not in noted}) == []
 
 
 def test_a_clock_that_is_set_back_by_hours_between_two_starts(harness, tmp_path):

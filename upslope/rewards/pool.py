@@ -21,7 +21,7 @@ from upslope.rewards.worker import HEADER, send_body
 START_LIMIT_S = 120.0  # loading the user's module: large libraries take their time
 SAID_LIMIT = 1 << 20  # bytes of what a worker prints that are kept for its last words
 ANSWER_LIMIT = 1 << 24  # bytes of one answer: more is no list of scores of one chunk
-GLANCE_S = 0.2  # between two looks at a stop that was asked for
+GLANCE_S = 0.2  # between two looks at a stop that was asked for, and at the memory of all processes
 THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
 
 
@@ -53,6 +53,7 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
         self.calls = 0  # that this process has answered
+        self.looked = 0.0  # when its memory was looked at
 
     def start(self) -> None:
         """Start the process and load the function. Raises RewardError when it cannot be loaded."""
@@ -168,7 +169,8 @@ class Worker:
             if left <= 0:
                 self.stop()
                 raise WorkerFailed(f"no answer within {limit_s:g} s", lost=True)
-            self._check_memory()
+            if time.monotonic() - self.looked > GLANCE_S:
+                self._check_memory()
             if poller.poll(1000 * min(left, GLANCE_S) + 1):
                 part = os.read(self.answers, 1 << 20)
                 if not part:
@@ -179,6 +181,7 @@ class Worker:
     def _check_memory(self) -> None:
         """End the process where all that it has started hold more than the limit together; each alone is held to it."""
         assert self.process is not None
+        self.looked = time.monotonic()
         held = tree.memory(self.process.pid, self.memory)
         if held > self.memory:
             again = self.calls > 0

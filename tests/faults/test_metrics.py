@@ -10,8 +10,8 @@ from tests.faults.variants import VARIANTS
 from upslope.observe.events import read_events
 
 PAGES = {"en": ROOT / "docs" / "metrics.md", "zh": ROOT / "docs" / "metrics.zh.md"}
-WRITTEN_BY_OTHERS = {"judge: NAME"}  # the struck runs have no judges: see below
-FREE = {"NAME": r"[\w ]+", "STAGE": "(reward|preference)", "_N": r"_\d+"}
+WRITTEN_BY_OTHERS = {"judge: NAME"}  # the struck runs have no judges
+FREE = {"NAME": "(learned|score|rare)", "STAGE": "(reward|preference)", "_N": r"_\d+"}
 
 
 def listed(language):

@@ -1,7 +1,9 @@
 """Numbers that are none, planted where nothing is read, reach no loss, no gradient, no metric and no other sequence."""
 
 import dataclasses
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from upslope.training.pairs import PolicyLearner, RewardLearner
 from upslope.training.preference import pair_step
 from upslope.training.rl import Actors, improve, next_rollout
 from upslope.training.rollout import Frozen
+from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState
 from upslope.training.supervised import supervised_step
@@ -293,3 +296,17 @@ def test_what_is_no_number_does_not_lead_the_running_baseline():
     controllers.saw_return(NAN)
     controllers.saw_return(None)
     assert controllers.returns == 2.0
+
+
+def test_the_closing_record_of_a_stage_is_json_whatever_was_measured(tmp_path):
+    kept = SimpleNamespace(stage_folder=lambda stage: tmp_path / stage, log_sizes=lambda: {"events": 1, "episodes": 2})
+    Run.mark_done(
+        kept, "eval", {"judge: x": {"before": NAN, "after": 1.0}, "valid/loss": math.inf, "time/stage_s": 2.0}
+    )
+    text = (tmp_path / "eval" / "done.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {
+        "metrics": {"judge: x": {"before": None, "after": 1.0}, "valid/loss": None, "time/stage_s": 2.0},
+        "logs": {"events": 1, "episodes": 2},
+        "nonfinite": ["metrics.judge: x.before", "metrics.valid/loss"],
+    }

@@ -31,7 +31,7 @@ import torch
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
 from upslope.config import Recipe
 from upslope.errors import RunError
-from upslope.observe.events import EventLog, read_events
+from upslope.observe.events import EventLog, finite, read_events
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
 from upslope.version import VERSION
@@ -92,7 +92,9 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def mark_done(self, stage: str, metrics: Mapping[str, Any]) -> None:
-        record = {"metrics": dict(metrics), "logs": self.log_sizes()}
+        bad: list[str] = []
+        record = {"metrics": finite(dict(metrics), "metrics", bad), "logs": self.log_sizes()}
+        record |= {"nonfinite": bad} if bad else {}
         atomic_write_text(self.stage_folder(stage) / "done.json", json.dumps(record, indent=1))
 
     def log_sizes(self) -> dict[str, int]:

@@ -244,10 +244,11 @@ def check_pairs(step, plant, read):
     assert min(planted) > 0
 
 
+@pytest.mark.parametrize("head_dim", [4, 32])  # torch's operations and the compiled ones
 @pytest.mark.parametrize("length", [5, 300])  # the plain product and the fused kernel
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_sequence_of_nans_does_not_reach_its_neighbours(length, window):
-    model = tiny_decoder(context=400, sliding_window=window)
+def test_a_sequence_of_nans_does_not_reach_its_neighbours(head_dim, length, window):
+    model = tiny_decoder(context=400, sliding_window=window, head_dim=head_dim, scale=2.0)
     with torch.no_grad():
         model.embed.weight[30] = NAN
     good = [[n % 20 for n in range(length)], [4, 5], [6]]
@@ -259,13 +260,14 @@ def test_a_sequence_of_nans_does_not_reach_its_neighbours(length, window):
     torch.testing.assert_close(kept, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_what_a_slot_held_does_not_reach_the_next_sequence_in_it():
-    model = tiny_decoder(scale=4.0)
+@pytest.mark.parametrize("head_dim", [4, 32])
+def test_what_a_slot_held_does_not_reach_the_next_sequence_in_it(head_dim):
+    model = tiny_decoder(scale=4.0, head_dim=head_dim)
     with torch.no_grad():
         model.embed.weight[30] = NAN
     sampling = Sampling(max_tokens=6)
     good = [Request((3, 1, 4), 0, sampling, 2), Request((1,), 1, sampling, 3), Request((5, 9), 2, sampling, 2)]
-    bad = [Request((30, *range(1, 9)), 7 + n, Sampling(max_tokens=1 + n)) for n in range(3)]
+    bad = [Request((30, *[k % 20 for k in range(9 + 20 * n)]), 7 + n, Sampling(max_tokens=1 + n)) for n in range(3)]
 
     def sampled(requests, slots):
         engine = Engine(DecoderRunner(model, dtype=torch.float32), eos_id=0, slots=slots, seed=5, valid_vocab=29)

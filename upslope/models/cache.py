@@ -17,8 +17,9 @@ from upslope.models.ops import rotate
 class DecoderCache:
     """Keys and values (layers, slots, kv heads, capacity, d) and how many tokens each slot holds.
 
+    Where the compiled kernels serve, keys stand in their blocks: (layers, slots, kv heads, capacity / 32, d, 32).
     Beyond its tokens a slot holds zeros: what is masked there is multiplied by 0, and 0 times a nan that an earlier
-    sequence left would be a nan. Where the compiled kernels serve, keys stand in their blocks: (layers, slots, kv heads, capacity / 32, d, 32).
+    sequence left would be a nan.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ def next_rollout(
         metrics |= policy_metrics(batch)
     if actors.frozen.reference is not None:
         metrics |= reference_metrics(batch) | {"kl/coefficient": controllers.kl.coefficient}
-    if rl.critic != "none":
+    if rl.critic != "none" and batch.episodes:
         metrics["critic/explained_variance"] = explained_variance(batch.value_A, batch.return_A)
     metrics["time/rollout_s"] = collected - start
     metrics["time/prepare_s"] = time.perf_counter() - collected
@@ -207,7 +207,7 @@ def finish_rollout(
     """Record a rollout that has been learned from, and let go of it."""
     for episode in episodes:
         run.episodes.write("episode", stage="rl", step=state.rollout, **episode.record())
-    if "kl/reference_per_completion" in metrics:
+    if math.isfinite(metrics.get("kl/reference_per_completion", math.nan)):
         controllers.kl.update(metrics["kl/reference_per_completion"], len(batch.episodes))
     if math.isfinite(metrics.get("policy/drift", math.nan)):
         controllers.trust.update(metrics["policy/drift"])

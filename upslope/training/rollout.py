@@ -154,7 +154,7 @@ def rollout_metrics(episodes: Sequence[Episode], batch: Batch, samples: int) -> 
     """What a rollout was like; each mean is over what its name says: episodes that were scored, or action tokens.
 
     The token means are over the batch that is learned from; reward/equal_groups is the share of prompts whose scored
-    samples all got the same total, where there are several.
+    samples all got the same total, among those with several of them.
     """
     scored = [e for e in episodes if e.total is not None]
     totals = np.array([e.total for e in scored])
@@ -170,10 +170,12 @@ def rollout_metrics(episodes: Sequence[Episode], batch: Batch, samples: int) -> 
     for name in scored[0].rewards:
         metrics[f"reward/{name}"] = float(np.mean([e.rewards[name] for e in scored]))
     if samples > 1:
-        groups: dict[int, set[float | None]] = {}
+        groups: dict[int, list[float | None]] = {}
         for e in scored:
-            groups.setdefault(e.group, set()).add(e.total)
-        metrics["reward/equal_groups"] = sum(len(totals) == 1 for totals in groups.values()) / len(groups)
+            groups.setdefault(e.group, []).append(e.total)
+        several = [group for group in groups.values() if len(group) > 1]
+        if several:
+            metrics["reward/equal_groups"] = sum(len(set(group)) == 1 for group in several) / len(several)
     return metrics
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from upslope.engine.types import Completion, Request
 
-
 TOGETHER = 16  # share of the slots that are filled together, as 1 in so many
 
 
@@ -35,9 +34,7 @@ class Scheduler:
         self.slots = slots
         longest_first = sorted(range(len(requests)), key=lambda r: -requests[r].sampling.max_tokens)
         self.waiting: deque[Completion] = deque(
-            Completion(request=r, sample=s, version=version)
-            for r in longest_first
-            for s in range(requests[r].samples)
+            Completion(request=r, sample=s, version=version) for r in longest_first for s in range(requests[r].samples)
         )
         self.running: list[Completion] = []
         self.finished: list[Completion] = []

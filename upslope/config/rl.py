@@ -119,6 +119,13 @@ class RL(Table):
         return self.baseline in ("group", "leave_one_out", "best") or self.scale == "group"
 
     @property
+    def scores_once(self) -> bool:
+        """Whether a rollout is used for one gradient step by a policy that is compared with nothing but itself: the
+        log-probabilities of that step are then those of the weights that sampled, and no pass before it is needed."""
+        alone = self.critic == "none" and not self.uses_reference and self.importance == "none" and not self.mask_every
+        return alone and self.update == "gradient" and self.epochs * self.minibatches == 1
+
+    @property
     def uses_reference(self) -> bool:
         return self.kl > 0
 

@@ -86,6 +86,8 @@ class Pipeline:
                 f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
+        if model.remark:
+            self.run.account(f"the model: {model.remark}")
         model.compute_dtype = self.run.dtype
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
@@ -297,7 +299,8 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     prompts = make_prompts(p.run, p.splits["test"], p.tokenizer, "test")[: cfg.prompts]
     before = p.trunk(p.source_of("rl"), trained=False)
     after = p.trunk(str(p.stage_folder("rl") / "model"), trained=False)
-    base = p.trunk(p.start, trained=False)
+    fitted = p.start if isinstance(p.recipe.model, str) else p.source_of("rl")  # random weights measure nothing
+    base = p.trunk(fitted, trained=False)
     judges = _judges(p)
     scorer = p.scorer()
     try:

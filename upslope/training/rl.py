@@ -23,7 +23,7 @@ from upslope.training.episode import Episode
 from upslope.training.export import export_policy
 from upslope.training.objective import Prices, critic_step, drift, minibatch_step
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
-from upslope.training.rollout import Batch, Frozen, prepare, reference_metrics, rollout_metrics
+from upslope.training.rollout import Batch, Frozen, policy_metrics, prepare, reference_metrics, rollout_metrics
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState, freeze_lowest
@@ -56,6 +56,8 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
         while state.rollout < rl.steps:
             episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
             metrics |= improve(run, rl, actors, state, controllers, batch)
+            if rl.scores_once:
+                metrics |= policy_metrics(batch)
             finish_rollout(run, rl, actors, state, controllers, episodes, batch, metrics)
             state.save_if_due(run)
     except (StopAsked, Interrupted):
@@ -94,6 +96,8 @@ def next_rollout(
     )
     controllers.saw_return(found.mean)
     metrics = found.metrics | rollout_metrics(episodes, batch, rl.samples)
+    if batch.scored:
+        metrics |= policy_metrics(batch)
     if actors.frozen.reference is not None:
         metrics |= reference_metrics(batch) | {"kl/coefficient": controllers.kl.coefficient}
     if rl.critic != "none" and batch.episodes:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from upslope.engine.types import Completion, Request
 
-
 TOGETHER = 16  # share of the slots that are filled together, as 1 in so many
 
 

@@ -1,8 +1,8 @@
 """Faults put into a running program from outside: its functions and file operations are wrapped, and at the n-th event
 of a phase something happens to it. The program itself knows nothing of this.
 
-Phases: generation, rewards, log-probs, update, evaluation, checkpoint (each file operation of a save), files (those of
-logs, models and reports), stages (their beginnings and ends). Kinds: see Injector.fire.
+Phases: generation, rewards, log-probs, update, evaluation, checkpoint (each file operation of a save), export (those of
+a finished model), files (those of logs and reports), stages (their beginnings and ends). Kinds: see Injector.fire.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import torch
 
 from tests.faults.outcome import digest
 from upslope.engine import Engine
-from upslope.models.decoder import Decoder
-from upslope.models.runner import DecoderRunner
+from upslope.models import open as open_module
 from upslope.observe.terminal import Terminal
+from upslope.training import export as export_module
 from upslope.training import state as state_module
 from upslope.training.scoring import FunctionSource, LearnedSource
 from upslope.training.state import RunState
 from upslope.training.update import optimizer_tensors
 
-PHASES = ("generation", "rewards", "log-probs", "update", "evaluation", "checkpoint", "files", "stages")
+PHASES = ("generation", "rewards", "log-probs", "update", "evaluation", "checkpoint", "export", "files", "stages")
 COMPUTING = PHASES[:5]
 KINDS = ("sigkill", "sigterm", "sigint", "sigint-twice", "memory", "full-disk", "reward")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -153,18 +153,20 @@ def beside(folder: str | Path, name: str) -> Path:
 
 def install(injector: Injector) -> None:
     """Wrap the program. For the life of this process: it is one that was started for one run."""
-    _wrap(DecoderRunner, "prefill", injector.within("generation"))
-    _wrap(DecoderRunner, "step", injector.within("generation"))
+    for kind in open_module.KINDS.values():
+        _wrap(kind.runner, "prefill", injector.within("generation"))
+        _wrap(kind.runner, "step", injector.within("generation"))
+        _wrap(kind.trunk, "hidden", lambda inner: _forward_passes(injector, inner))
     _wrap(Engine, "load", injector.within("generation"))
     _wrap(FunctionSource, "__call__", injector.within("rewards"))
     _wrap(LearnedSource, "__call__", injector.within("rewards"))
     _wrap(torch.Tensor, "backward", injector.within("update"))
     _wrap(torch.optim.AdamW, "step", injector.within("update"))
     _wrap(state_module, "save_checkpoint", injector.within("checkpoint"))
+    _wrap(export_module, "write_model", injector.within("export"))
     _wrap(RunState, "restore", injector.within("stages"))
     _wrap(RunState, "finish", lambda inner: injector.within("stages")(_noting_state(injector, inner)))
     _wrap(Terminal, "stage", lambda inner: _stage_changes(injector, inner))
-    _wrap(Decoder, "hidden", lambda inner: _forward_passes(injector, inner))
     _wrap(pathlib.Path, "open", lambda inner: _torn_files(injector, inner))
     _wrap(os, "fsync", lambda inner: _syncs(injector, inner))
     sys.addaudithook(lambda name, arguments: _file_operation(injector, name, arguments))

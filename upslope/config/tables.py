@@ -35,7 +35,7 @@ class Table(BaseModel):
 class Scratch(Table):
     """A model from random weights, with a byte-level tokenizer that is trained on the training side of the data."""
 
-    kind: Literal["decoder"] = "decoder"
+    kind: Literal["decoder", "lstm"] = "decoder"
     width: Positive = 256
     layers: Positive = 4
     heads: Positive | None = None  # default: one for 64 of width
@@ -47,6 +47,11 @@ class Scratch(Table):
 
     @model_validator(mode="after")
     def _shape_fits(self) -> Scratch:
+        if self.kind == "lstm":
+            for key in ("heads", "kv_heads", "ffn_width"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} = {getattr(self, key)} has no place in an lstm: remove it")
+            return self
         heads = self.heads or max(1, self.width // 64)
         if self.width % heads:
             raise ValueError(f"width = {self.width} does not divide among {heads} heads: set heads to a divisor")
@@ -186,6 +191,15 @@ class Expert(Table):
         if self.keep > self.samples:
             raise ValueError(f"keep = {self.keep} of {self.samples} samples: lower keep or raise samples")
         return self
+
+
+class Limits(Table):
+    """What rewards and sampling may take, in every stage that has them. They may be changed when a run is resumed."""
+
+    slots: Positive = 64  # sequences generated side by side: memory and speed, never the result
+    timeout_s: Above0 = 30.0  # per call of a reward function
+    memory_gb: Above0 = 8.0  # of a reward function's processes; beyond it, it fails and they are replaced
+    max_failures: Share = 0.2  # share of a rollout's (for expert: of all) rewards that may fail
 
 
 class Evaluation(Table):

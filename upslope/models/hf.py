@@ -54,7 +54,7 @@ def load_decoder(path: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
             f"{path}: architecture {raw['model_type']!r:.80} is not known", f"known: {', '.join(HUGGING_FACE)}"
         )
     config = decoder_config(raw, path)
-    return _build(config, _safetensors(path), HUGGING_FACE[raw["model_type"]], dtype, path)
+    return _build(config, read_safetensors(path), HUGGING_FACE[raw["model_type"]], dtype, path)
 
 
 def download(source: str) -> Path:
@@ -242,7 +242,7 @@ def _window(raw: Mapping[str, Any], where: Path) -> int | None:
     return None if types == {"full_attention"} else int(window)
 
 
-def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a folder's safetensors files, one at a time."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -103,7 +103,7 @@ class DecoderRunner:
             parts += [(10 * number + k, w) for k, w in enumerate(layer.products())]
             parts += [(10 * number + 4, w) for pair in layer.norms.values() for w in pair]
             parts += [(10 * number + 5, bias) for bias in layer.small.values()]
-        return _sum_of_words(parts)
+        return sum_of_words(parts)
 
     def checksum_of(self, model: Decoder) -> str:
         """The checksum that this runner has when a model's present weights have reached it."""
@@ -186,10 +186,10 @@ class DecoderRunner:
         x, h = self._add_norm(x, layer.o(mixed, layer.small["o_bias"]), layer.norms["mlp_norm"])
         h = layer.gate_up(h, layer.small["gate_up_bias"])
         if self.config.mlp == "gated":
-            gate, up = h.chunk(2, dim=-1)
             if self.config.activation == "silu" and cpu.serve(h):
-                h = cpu.swiglu(gate, up)
+                h = cpu.swiglu_joined(h)
             else:
+                gate, up = h.chunk(2, dim=-1)
                 h = ACTIVATIONS[self.config.activation](gate).mul_(up)
         else:
             h = ACTIVATIONS[self.config.activation](h)
@@ -231,10 +231,10 @@ def model_checksum(model: Decoder, dtype: torch.dtype) -> str:
             assert isinstance(module, nn.Linear)
             parts.append((10 * number + place, module.weight.to(dtype)))
             parts.append((10 * number + 5, None if module.bias is None else module.bias.to(dtype)))
-    return _sum_of_words(parts)
+    return sum_of_words(parts)
 
 
-def _sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
+def sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
     """Rows are summed in words of 8 bytes where they are made of such; joined rows give the sum of their parts."""
     total = 0
     for place, weight in parts:

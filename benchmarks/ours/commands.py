@@ -154,7 +154,8 @@ def ppo(job: Job) -> dict[str, Any]:
 
 
 def rl_step(job: Job, tables: dict[str, Any], episodes: int) -> dict[str, Any]:
-    tables["rl"] |= {"max_tokens": job.size.completion, "slots": job.size.slots, "max_failures": 0.0}
+    tables["rl"]["max_tokens"] = job.size.completion
+    tables["limits"] = {"slots": job.size.slots, "max_failures": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         tables["rl"]["reward"] = tables["rl"]["reward"].replace("reward.py", f"{folder}/made/reward.py")
         found = train(job, "rl", tables, Path(folder) / "made")

@@ -71,12 +71,12 @@ def grpo(job: Job) -> tuple[float, str, dict[str, Any]]:
 
 
 class CountingTrainer(SFTTrainer):  # type: ignore[misc]
-    """Counts the real tokens of what it learns from."""
+    """Counts the tokens that it learns: all but padding and the first of a text, which nothing predicts."""
 
     stamps: Stamps
 
     def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        self.stamps.amount += float((inputs["labels"] != -100).sum())
+        self.stamps.amount += float((inputs["labels"][:, 1:] != -100).sum())
         return super().training_step(model, inputs, *rest, **named)
 
 

@@ -19,7 +19,7 @@ from upslope.algo import gae, token_logprobs
 from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.decoder import DecoderConfig
 from upslope.models.open import load_model
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.training.batches import micro_batches
 from upslope.training.supervised import example_logprobs
 

@@ -12,7 +12,7 @@ from benchmarks.ours.generate import make_engine, requests, run
 from benchmarks.ours.job import Job
 from upslope.models.decoder import DecoderConfig
 from upslope.models.open import load_model
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.training.supervised import example_logprobs
 
 

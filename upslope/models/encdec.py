@@ -25,6 +25,7 @@ from upslope.models.attention import Layout
 from upslope.models.cross import Whole, attend_biased
 from upslope.models.decoder import Linear
 from upslope.models.stack import Stack, StackConfig
+from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 
 
@@ -49,8 +50,9 @@ class EncDecConfig:
 
     @property
     def context(self) -> int:
-        """Tokens of a source, and of the start tokens and what follows them."""
-        return min(self.encoder.context, self.decoder.context)
+        """Tokens that a source, and what is written to it, may have; learned positions are taken up by start tokens."""
+        taken = len(self.start_ids) if self.decoder.position == "learned" else 0
+        return min(self.encoder.context, self.decoder.context - taken)
 
 
 class Seats:
@@ -80,10 +82,11 @@ class Seats:
         self.place = torch.cat((ends, torch.nonzero(~is_source_N).squeeze(1)))
 
 
-class EncDec(nn.Module):
+class EncDec(Trunk):
     """An encoder-decoder language model over ragged batches of sources and what is written to them."""
 
     needs_source = True
+    config: EncDecConfig
 
     def __init__(self, config: EncDecConfig) -> None:
         super().__init__()
@@ -100,9 +103,9 @@ class EncDec(nn.Module):
         return self.embed.weight.device
 
     @property
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
         """All blocks, the lowest first: the encoder's, then the decoder's."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
+        return nn.ModuleList([*self.encoder.blocks, *self.decoder.blocks])
 
     @property
     def output_weight(self) -> Tensor:
@@ -159,44 +162,26 @@ class EncDec(nn.Module):
         return None if bias is None else bias[kind_B.to(self.device)]
 
     def init_weights(self, seed: int) -> EncDec:
-        """Normal weights from a seed alone, of T5's deviations (and BART's 0.02 for that shape).
-
-        T5: embeddings 1, queries (width head_dim)^-0.5, other matrices (columns)^-0.5: attention is not scaled, so
-        that its queries are.
-        """
+        """Normal weights of deviation 0.02 (0.02 / sqrt(2 layers) into the residual), from a seed alone."""
         generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / math.sqrt(2 * max(self.config.encoder.layers, self.config.decoder.layers))
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.ndim < 2:
+                if parameter.ndim >= 2:
+                    std = residual if ".o." in name or ".down." in name else 0.02
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                else:
                     parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-                    continue
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * self._deviation(name, parameter))
         return self
 
-    def _deviation(self, name: str, parameter: Tensor) -> float:
-        c = self.config.decoder
-        if c.scaled:
-            return 0.02
-        if name == "embed.weight":
-            return 1.0 if self.config.scale_logits else 0.02
-        if name.endswith(".q.weight"):
-            return float((c.width * c.head_dim) ** -0.5)
-        return float((c.width if "relative" in name else parameter.shape[1]) ** -0.5)
-
     def _check_lengths(self, batch: Ragged) -> None:
-        start = len(self.config.start_ids)
+        context = self.config.context
         for b, (length, parent) in enumerate(zip(batch.lengths, batch.parent, strict=True)):
-            if parent < 0 and not length:
+            what = "source" if parent < 0 else "completion"
+            if what == "source" and not length:
                 raise ModelError(f"source {b} of the batch is empty", "an encoder needs a token to look at: remove it")
-            if parent < 0 and length > self.config.encoder.context:
-                limit = self.config.encoder.context
-                raise ModelError(f"a source of {length} tokens exceeds the encoder's context of {limit}", "shorten it")
-            if parent >= 0 and length + start > self.config.decoder.context:
-                raise ModelError(
-                    f"a completion of {length} tokens behind {start} to start with exceeds the decoder's context of "
-                    f"{self.config.decoder.context}",
-                    "shorten it",
-                )
+            if length > context:
+                raise ModelError(f"a {what} of {length} tokens exceeds the model's context of {context}", "shorten it")
 
 
 def check_encdec(c: EncDecConfig) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from upslope.errors import ModelError
 from upslope.models.checks import check_limits, reading
 from upslope.models.encdec import EncDec, EncDecConfig
+from upslope.models.hf import ACTIVATIONS as COMMON
 from upslope.models.hf import read_config
 from upslope.models.stack import StackConfig
 from upslope.models.weights import fill, read_weights
 
 ARCHITECTURES = {"t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration"}
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
+ACTIVATIONS = {**COMMON, "relu": "relu"}
 COPIES = ("embed_tokens.weight", "final_logits_bias")  # of the shared embedding; and a bias that is read by itself
 BARE = ("shared.", "encoder.", "decoder.")  # a BART that was stored without its head has no "model." in front
 T5_CONTEXT = 512  # what a T5 that does not say was trained on
@@ -57,12 +58,14 @@ def load_encdec(folder: Path, *, dtype: torch.dtype = torch.float32) -> EncDec:
 
 
 def save_encdec(model: EncDec, folder: Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors, as transformers reads them. Raises ModelError."""
+    """Write configuration and weights as transformers (4 and 5) reads them. Raises ModelError."""
     config = model.config
     kind = "t5" if config.decoder.position == "relative" else "bart"
     raw = _their_t5(config) if kind == "t5" else _their_bart(config)
     names = _names(config, kind)
     theirs = {names[name]: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if kind == "t5" and config.tied and not config.scale_logits:  # to them unscaled means stored apart
+        theirs["lm_head.weight"] = theirs["shared.weight"].clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     forced = {"forced_bos_token_id": config.start_ids[1]} if len(config.start_ids) == 2 else {}
@@ -171,7 +174,7 @@ def _their_t5(c: EncDecConfig) -> dict[str, Any]:
         "num_layers": e.layers,
         "num_decoder_layers": d.layers,
         "num_heads": d.heads,
-        "n_positions": c.context,
+        "n_positions": e.context,
         "layer_norm_epsilon": d.norm_eps,
         "relative_attention_num_buckets": d.buckets,
         "relative_attention_max_distance": d.max_distance,
@@ -185,7 +188,7 @@ def _their_bart(c: EncDecConfig) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "vocab_size": c.vocab_size,
         "d_model": c.width,
-        "max_position_embeddings": c.context,
+        "max_position_embeddings": c.encoder.context,
         "activation_function": {"gelu_tanh": "gelu_new"}.get(c.decoder.activation, c.decoder.activation),
         "scale_embedding": c.scale_embedding,
         "tie_word_embeddings": c.tied,

@@ -22,7 +22,7 @@ from upslope.ragged import Ragged
 
 @dataclass
 class EncDecCache:
-    """Keys and values of own tokens and of the source (layers, slots, heads, tokens, head_dim), and how many of each."""
+    """Keys and values (layers, slots, heads, tokens, head_dim) of own tokens and of the source, and how many of each."""
 
     keys: Tensor
     values: Tensor
@@ -47,6 +47,8 @@ class EncDecCache:
 
 class EncDecRunner:
     """Prefill and single steps of an encoder-decoder, without gradients."""
+
+    needs_source = True
 
     @torch.no_grad()
     def __init__(self, model: EncDec, *, dtype: torch.dtype) -> None:
@@ -82,8 +84,11 @@ class EncDecRunner:
         """Room for a source and a completion of `capacity` tokens together in each of `slots`."""
         c = self.config.decoder
         shape = (c.layers, slots, c.heads, capacity + len(self.config.start_ids), c.head_dim)
-        rooms = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(4)]
-        return EncDecCache(*rooms, [0] * slots, [0] * slots)
+
+        def room() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return EncDecCache(room(), room(), room(), room(), [0] * slots, [0] * slots)
 
     @torch.no_grad()
     def prefill(self, cache: EncDecCache, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor:

@@ -5,6 +5,7 @@ Every function records its account (rows read, kept, dropped and why) in the run
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
@@ -12,6 +13,7 @@ from datasets import Dataset
 from upslope.algo.random import permutation
 from upslope.config import Data
 from upslope.errors import DataError
+from upslope.models.trunk import Trunk, tokens_seen
 from upslope.sources import resolve
 from upslope.text import prepare
 from upslope.text.rows import load_rows, require_columns
@@ -44,7 +46,11 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
 
 def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
     data = run.recipe.data
-    if data.text:
+    if data.text and data.prompt_words and tokenizer.for_sources:
+        made = prepare.opening_examples(
+            rows, tokenizer, text=data.text, words=data.prompt_words, max_tokens=data.max_tokens
+        )
+    elif data.text:
         made = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     elif data.messages:
         made = prepare.chat_examples(rows, tokenizer, messages=data.messages, max_tokens=data.max_tokens)
@@ -89,6 +95,18 @@ def preference_pairs(
     if account.dropped:
         run.account(f"{side} pairs: {account}", stage)
     return pairs
+
+
+def require_room(model: Trunk, side: str, parts: Iterable[tuple[int, int, int]]) -> None:
+    """Check (row, prompt tokens, completion tokens) against the context. Raises DataError for the first too long."""
+    context = model.config.context
+    for row, prompt, completion in parts:
+        if tokens_seen(model.needs_source, prompt, completion) > context:
+            raise DataError(
+                f"row {row} of the {side} side, {prompt} tokens to start from and {completion} to write, exceeds the "
+                f"model's context of {context}",
+                "lower data.max_tokens, which drops such rows, or the stage's max_tokens",
+            )
 
 
 def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:

@@ -12,14 +12,14 @@ import torch
 
 from upslope.config import POLICY_STAGES, RL, Recipe, describe
 from upslope.engine import Engine
-from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
+from upslope.errors import Interrupted, ModelError, UpslopeError
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.open import load_model, make_runner
 from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import Splits, make_prompts, preference_pairs, supervised_examples
+from upslope.training.data import Splits, make_prompts, preference_pairs, require_room, supervised_examples
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
@@ -86,6 +86,10 @@ class Pipeline:
                 f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
+        if model.needs_source != self.tokenizer.for_sources:
+            kinds = ("an encoder-decoder", "a model without an encoder")
+            found, wanted = kinds if model.needs_source else kinds[::-1]
+            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
         model.compute_dtype = self.run.dtype
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
@@ -200,6 +204,8 @@ def _supervised(stage: str) -> Callable[[Pipeline], None]:
         train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
         valid = supervised_examples(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
         model = p.trunk(p.source_of(stage), trained=True)
+        for side, examples in (("train", train), ("held-out", valid)):
+            require_room(model, side, ((e.row, (n := e.trained.index(True)), len(e.ids) - n) for e in examples))
         run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid)
 
     return run_stage
@@ -231,13 +237,7 @@ def _rl(p: Pipeline) -> None:
     )
     _check_teacher(rl.teacher, frozen.reference, policy)
     prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
-    longest = max(len(prompt.ids) for prompt in prompts) + rl.max_tokens
-    if longest > policy.config.context:
-        raise DataError(
-            f"prompts of up to {longest - rl.max_tokens} tokens and rl.max_tokens = {rl.max_tokens} exceed the model's "
-            f"context of {policy.config.context}",
-            "lower rl.max_tokens or data.max_tokens",
-        )
+    require_room(policy, "train", ((prompt.number, len(prompt.ids), rl.max_tokens) for prompt in prompts))
     engine = Engine(
         make_runner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,

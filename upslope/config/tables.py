@@ -35,7 +35,7 @@ class Table(BaseModel):
 class Scratch(Table):
     """A model from random weights, with a byte-level tokenizer that is trained on the training side of the data."""
 
-    kind: Literal["decoder", "encdec"] = "decoder"
+    kind: Literal["decoder", "lstm", "encdec"] = "decoder"
     width: Positive = 256
     layers: Positive = 4  # of an encoder-decoder: in each of the two
     heads: Positive | None = None  # default: one for 64 of width
@@ -47,6 +47,11 @@ class Scratch(Table):
 
     @model_validator(mode="after")
     def _shape_fits(self) -> Scratch:
+        if self.kind == "lstm":
+            for key in ("heads", "kv_heads", "ffn_width"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} = {getattr(self, key)} has no place in an lstm: remove it")
+            return self
         heads = self.heads or max(1, self.width // 64)
         if self.width % heads:
             raise ValueError(f"width = {self.width} does not divide among {heads} heads: set heads to a divisor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,32 +20,41 @@ LIMITS = {
     "head_dim": 1 << 14,
     "ffn_width": 1 << 24,
     "context": 1 << 24,
+    "buckets": 1 << 12,
+    "max_distance": 1 << 24,
 }
+ABOVE_0 = ("norm_eps", "rope_base")
+
+
+def check_field(name: str, value: object, where: Path) -> None:
+    """Raise ModelError for a size, a number or a bool that is none, or is beyond what can be."""
+    limit = LIMITS.get(name)
+    if limit is not None:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise _wrong(where, name, value, f"a whole number from 1 to {limit}")
+    elif name in ABOVE_0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise _wrong(where, name, value, "a number above 0")
+    elif not isinstance(value, bool):
+        raise _wrong(where, name, value, "true or false")
+
+
+def check_sizes(config: object, where: Path) -> None:
+    """Raise ModelError for the first size or number of a configuration that cannot be."""
+    for name in (*LIMITS, *ABOVE_0):
+        if hasattr(config, name):
+            check_field(name, getattr(config, name), where)
 
 
 def check_numbers(config: DecoderConfig, where: Path) -> None:
-    """Raise ModelError for the first number that cannot be."""
-    check_limits({name: getattr(config, name) for name in (*LIMITS, "norm_eps", "rope_base")}, where)
+    """Raise ModelError for the first number of a decoder that cannot be."""
+    check_sizes(config, where)
     if config.heads % config.kv_heads:
         raise _wrong(where, "kv_heads", config.kv_heads, f"a divisor of the {config.heads} heads")
     if config.position == "rope" and config.head_dim % 2:
         raise _wrong(where, "head_dim", config.head_dim, "even, for rotary positions")
     if config.sliding_window is not None and config.sliding_window < 1:
         raise _wrong(where, "sliding_window", config.sliding_window, "1 or more, or null")
-
-
-def check_limits(numbers: Mapping[str, object], where: Path) -> None:
-    """Raise ModelError for a size that is no whole number within its limit, or another number that is not above 0."""
-    for name, value in numbers.items():
-        kinds: tuple[type, ...] = (int,) if name in LIMITS else (int, float)
-        limit = LIMITS.get(name, math.inf)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            fits = False
-        else:
-            fits = 1 <= value <= limit if name in LIMITS else 0 < value < math.inf  # type: ignore[operator]
-        if not fits:
-            wanted = f"a whole number from 1 to {limit}" if name in LIMITS else "a number above 0"
-            raise _wrong(where, name, value, wanted)
 
 
 @contextmanager

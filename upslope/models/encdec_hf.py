@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from upslope.errors import ModelError
-from upslope.models.checks import check_limits, reading
+from upslope.models.checks import check_sizes, reading
 from upslope.models.encdec import EncDec, EncDecConfig
 from upslope.models.hf import ACTIVATIONS as COMMON
 from upslope.models.hf import read_config
@@ -43,7 +43,10 @@ def load_encdec(folder: Path, *, dtype: torch.dtype = torch.float32) -> EncDec:
         else:
             raise ModelError(f"{folder}: {kind!r} is no encoder-decoder", f"known: {', '.join(ARCHITECTURES)}")
         for stack in (config.encoder, config.decoder):
-            check_limits(_sizes(stack) | {"vocab_size": config.vocab_size}, folder)
+            check_sizes(stack, folder)
+        check_sizes(config, folder)
+        with torch.device("meta"):
+            model = EncDec(config)
     bias = weights.get("final_logits_bias")
     if bias is not None and bool(bias.any()):
         raise ModelError(
@@ -51,8 +54,6 @@ def load_encdec(folder: Path, *, dtype: torch.dtype = torch.float32) -> EncDec:
         )
     ignored = (*COPIES, "lm_head.weight") if config.tied else COPIES
     kept = {name: tensor for name, tensor in weights.items() if not name.endswith(ignored)}
-    with torch.device("meta"):
-        model = EncDec(config)
     fill(model, kept, _names(config, kind), dtype, folder)
     return model
 
@@ -221,11 +222,6 @@ def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise ModelError(f"activation {name!r:.80} is not known", f"known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def _sizes(c: StackConfig) -> dict[str, object]:
-    names = ("width", "layers", "heads", "head_dim", "ffn_width", "context", "norm_eps")
-    return {name: getattr(c, name) for name in names}
 
 
 def _first(ids: int | list[int]) -> int:

@@ -22,7 +22,7 @@ from upslope.ragged import Ragged
 
 @dataclass
 class EncDecCache:
-    """Keys and values (layers, slots, heads, tokens, head_dim) of own tokens and of the source, and how many of each."""
+    """Keys and values (layers, slots, heads, tokens, head_dim) of own tokens and of the source; how many of each."""
 
     keys: Tensor
     values: Tensor

@@ -16,6 +16,7 @@ from upslope.models.encdec import EncDec, EncDecConfig
 from upslope.models.encdec_hf import ARCHITECTURES, load_encdec, save_encdec
 from upslope.models.encdec_runner import EncDecRunner
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
+from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
 from upslope.models.names import HUGGING_FACE
 from upslope.models.runner import DecoderRunner
 from upslope.models.stack import StackConfig
@@ -51,6 +52,10 @@ def _new_decoder(shape: Scratch, vocab_size: int) -> Decoder:
     )
 
 
+def _new_lstm(shape: Scratch, vocab_size: int) -> LSTM:
+    return LSTM(LSTMConfig(vocab_size, shape.width, shape.layers, shape.context, shape.tied))
+
+
 def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
     """Of T5 1.1's shape, its logits not scaled. 0 and 1 are the BOS and EOS of a tokenizer that is trained here."""
     heads = shape.heads or max(1, shape.width // 64)
@@ -68,6 +73,7 @@ def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
 
 KINDS: dict[str, Kind] = {
     "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
+    "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
     "encdec": Kind(EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec),
 }
 

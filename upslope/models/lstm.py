@@ -1,5 +1,6 @@
 """A language model on a long short-term memory (Hochreiter and Schmidhuber 1997; forget gates of Gers et al. 2000).
 
+    x_t = sqrt(D) embed(token)                                          (a tied embedding is small: Vaswani et al. 2017)
     i, f, g, o = W x_t + U h_(t-1) + b                                  of each layer
     c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g),   h_t = sigmoid(o) tanh(c_t)
     logits = h_t of the last layer times head^T
@@ -89,7 +90,7 @@ class LSTM(Trunk):
             )
         steps = in_order_of_time(batch, self.device)
         weights = [block.weights(self.compute_dtype) for block in self.blocks]  # type: ignore[operator]
-        hidden_ND, _ = through_layers(self.embed(batch.ids_N).to(self.compute_dtype), weights, steps)
+        hidden_ND, _ = through_layers(_scaled(self.embed(batch.ids_N).to(self.compute_dtype)), weights, steps)
         return hidden_ND
 
     def init_weights(self, seed: int) -> LSTM:
@@ -104,6 +105,10 @@ class LSTM(Trunk):
                     parameter.zero_()
                     parameter[self.config.width : 2 * self.config.width] = 1.0
         return self
+
+
+def _scaled(x_ND: Tensor) -> Tensor:
+    return x_ND * math.sqrt(x_ND.shape[1])
 
 
 def through_layers(x_ND: Tensor, layers: Sequence[Weights], steps: Sequence[Steps]) -> tuple[Tensor, list[States]]:
@@ -163,7 +168,7 @@ class LSTMRunner:
     @torch.no_grad()
     def prefill(self, cache: LSTMCache, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor:
         """Compute each prompt once, its last state into every slot listed for it; hidden_PD of the last tokens."""
-        x_ND = F.embedding(prompts.ids_N.to(self.device), self.embed)
+        x_ND = _scaled(F.embedding(prompts.ids_N.to(self.device), self.embed))
         hidden_ND, states = through_layers(x_ND, self.layers, in_order_of_time(prompts, self.device))
         last_P = prompts.last.to(self.device)
         for number, (h_ND, c_ND) in enumerate(states):
@@ -177,7 +182,7 @@ class LSTMRunner:
         """Append one token to each of the slots 0 to n - 1: hidden_SD."""
         n = len(ids_S)
         pad = (0, 0, 0, max(0, MIN_ROWS - n))
-        x = F.pad(F.embedding(ids_S.to(self.device), self.embed), pad)
+        x = F.pad(_scaled(F.embedding(ids_S.to(self.device), self.embed)), pad)
         for number, (into, recurrent, bias) in enumerate(self.layers):
             pre = F.linear(x, into).to(bias.dtype) + bias
             gates = pre + F.linear(F.pad(cache.h[number, :n], pad).to(self.dtype), recurrent).to(bias.dtype)

@@ -108,9 +108,9 @@ class Recurrence(torch.autograd.Function):
         sizes = ctx.sizes
         if torch.is_grad_enabled():
             # views, so that a parent's states lead no further back: they have this function's gradient of their own
-            inputs = tuple(x.view_as(x) for x in (pre, recurrent, h, c))
+            inputs = [x.view_as(x) for x in (pre, recurrent, h, c)]
             wanted = [x for x in inputs if x.requires_grad]
-            outputs = unrolled(*inputs, sizes)[:2]
+            outputs = unrolled(inputs[0], inputs[1], inputs[2], inputs[3], sizes)[:2]
             found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
             return (*(next(found) if x.requires_grad else None for x in inputs), None)
         before_M = _before(h, h_M, sizes)

@@ -89,7 +89,7 @@ def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[
 
 def example_logprobs(model: Trunk, examples: Sequence[Example]) -> Tensor:
     """logp_A of every trained token that has a token before it, over the examples in turn."""
-    prompts = [e.trained.index(True) for e in examples]
+    prompts = [e.trained.index(True) if any(e.trained) else len(e.ids) for e in examples]
     batch, place_N = lay_out_texts([e.ids for e in examples], prompts, model.needs_source)
     target_A = place_N[torch.tensor([t for e in examples for t in e.trained], dtype=torch.bool)]
     target_A = target_A[batch.previous[target_A] >= 0]

@@ -13,6 +13,7 @@ import torch
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
 from upslope.errors import ModelError
+from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.open import load_model, make_runner, save_model
 from upslope.models.trunk import Trunk
 from upslope.observe.compare import as_json
@@ -142,6 +143,7 @@ class LoadedModel:
 
 def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedModel:
     """Load a run folder (its last policy), a model folder, a .gguf file, a hub id or a pypi: source."""
+    keep_freed_memory()
     path = model_source(str(source))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]

@@ -59,10 +59,10 @@ def recipe(**changes):
     return tables | changes
 
 
-def command(folder, *arguments):
+def command(*arguments):
     code = "from upslope.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=folder
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
     )
 
 
@@ -74,7 +74,16 @@ def folder(tmp_path_factory):
     (folder / "reward.py").write_text(
         "def score(prompts, completions, rows):\n    return [-len(c) for c in completions]\n"
     )
-    done = command(folder, "train", "mirror.toml", "-o", "run")
+    done = command(
+        "train",
+        folder / "mirror.toml",
+        "-o",
+        folder / "run",
+        "-s",
+        f"data.rows={folder / 'rows.jsonl'}",
+        "-s",
+        f"rl.reward={folder / 'reward.py'}:score",
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -84,9 +93,9 @@ def test_the_command_trains_it_and_uses_it(folder):
     assert all((run / stage / "done.json").is_file() for stage in ("sft", "rl", "eval"))
     sft, rl = (load_file(run / stage / "model" / "model.safetensors") for stage in ("sft", "rl"))
     assert any((sft[name] != rl[name]).any() for name in sft)
-    said = command(folder, "generate", "run", "one two", "--max-tokens", "4")
+    said = command("generate", folder / "run", "one two", "--max-tokens", "4")
     assert said.returncode == 0 and "one two" in said.stdout, said.stderr
-    out = command(folder, "export", "run", "exported")
+    out = command("export", folder / "run", folder / "exported")
     assert out.returncode == 0 and json.loads((folder / "exported" / "config.json").read_text())["model_type"] == "t5"
 
 

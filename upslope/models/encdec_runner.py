@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upslope.kernels.products import MIN_ROWS
 from upslope.models.encdec import EncDec, EncDecConfig, Seats
-from upslope.models.runner import MIN_ROWS, sum_of_words
+from upslope.models.runner import sum_of_words
 from upslope.ragged import Ragged
 
 

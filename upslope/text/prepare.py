@@ -337,10 +337,7 @@ def _refuse_sources(tokenizer: Tokenizer, what: str, remedy: str) -> None:
 
 
 def _fitting(
-    made: Sequence[list[int]],
-    trained: Sequence[list[bool]],
-    max_tokens: int,
-    empty: str = "empty or malformed",
+    made: Sequence[list[int]], trained: Sequence[list[bool]], max_tokens: int, empty: str = "empty or malformed"
 ) -> tuple[list[Example], Account]:
     account = Account(len(made), unit="examples")
     kept = []

@@ -90,6 +90,8 @@ class Pipeline:
             kinds = ("an encoder-decoder", "a model without an encoder")
             found, wanted = kinds if model.needs_source else kinds[::-1]
             raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
+        if model.remark:
+            self.run.account(f"the model: {model.remark}")
         model.compute_dtype = self.run.dtype
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
@@ -154,7 +156,7 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
         )
         write_report(run.folder)
         return
-    run.terminal.note(f"{run.facts['processor']}; matrix products in {run.facts['dtype']}, weights in fp32")
+    run.terminal.note(run.describe_machine())
     for line in describe(recipe):
         run.terminal.note(line)
     start, tokenizer, splits = begin(run, recipe, run.folder, given.rows)

@@ -31,6 +31,8 @@ import torch
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
 from upslope.config import Recipe
 from upslope.errors import RunError
+from upslope.kernels import cpu
+from upslope.kernels.allocator import keep_freed_memory
 from upslope.observe.events import EventLog, read_events
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
@@ -61,6 +63,7 @@ class Run:
             if self.done(stage):  # a process killed while it closed the stage may have left them
                 shutil.rmtree(self.stage_folder(stage) / "checkpoints", ignore_errors=True)
         sizes = self._log_sizes()
+        keep_freed_memory()
         self.facts = self._machine_facts()
         self.log = EventLog(self.folder / "events.jsonl", keep_bytes=sizes["events"])
         self.episodes = EventLog(self.folder / "episodes.jsonl", keep_bytes=sizes["episodes"])
@@ -202,6 +205,14 @@ class Run:
                     return dict(checkpoint.state["logs"])
         return {"events": 0, "episodes": 0}
 
+    def describe_machine(self) -> str:
+        """What the run computes on, and how, for the terminal."""
+        facts = self.facts
+        between = "compiled kernels" if facts["kernels"] else "torch's own operations"
+        if facts["device"] == "cpu" and not facts["kernels"]:
+            between += " (with the compiler g++ it would be faster)"
+        return f"{facts['processor']}; products of matrices in {facts['dtype']}, {between} between; weights in fp32"
+
     def _machine_facts(self) -> dict[str, Any]:
         """Where the run runs; decided at its first start and kept, so that a resumed run computes alike."""
         path = self.folder / "machine.json"
@@ -212,13 +223,14 @@ class Run:
                     "this run began on a GPU and there is none here", "resume it there, or start anew with -o"
                 )
             torch.set_num_threads(facts["threads"])
-            return facts
+            return facts | {"kernels": facts["device"] == "cpu" and cpu.available()}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self.recipe.dtype if self.recipe.dtype != "auto" else fast_dtype(device)
         facts = {
             "device": device,
             "dtype": dtype,
             "threads": torch.get_num_threads(),
+            "kernels": device == "cpu" and cpu.available(),
             "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
             "system": platform.platform(terse=True),
         }

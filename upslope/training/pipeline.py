@@ -80,16 +80,16 @@ class Pipeline:
     def trunk(self, source: str, *, trained: bool) -> Trunk:
         """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen."""
         model = load_model(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
+        if model.needs_source != self.tokenizer.for_sources:
+            kinds = ("an encoder-decoder", "a model without an encoder")
+            found, wanted = kinds if model.needs_source else kinds[::-1]
+            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(
                 f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
-        if model.needs_source != self.tokenizer.for_sources:
-            kinds = ("an encoder-decoder", "a model without an encoder")
-            found, wanted = kinds if model.needs_source else kinds[::-1]
-            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
         if model.remark:
             self.run.account(f"the model: {model.remark}")
         model.compute_dtype = self.run.dtype

@@ -19,6 +19,7 @@ from upslope.models.trunk import Trunk
 from upslope.observe.compare import as_json
 from upslope.observe.compare import compare as compare_folders
 from upslope.sources import resolve
+from upslope.text.labels import LabelTokenizer
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.axes import axis_of
 from upslope.training.pipeline import Given, run_pipeline
@@ -149,6 +150,8 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
     model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
     tokenizer = Tokenizer.load(resolve(path), for_sources=model.needs_source)
+    if model.labels:
+        tokenizer = LabelTokenizer(tokenizer, model.labels)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(

@@ -84,6 +84,8 @@ class Recipe(Table):
                 )
         if self.data.margin and not self.reward and not (self.preference and self.preference.loss == "dpo"):
             raise ValueError("data.margin is read by [reward] and by dpo: remove it")
-        if (self.rl or self.expert) and not (self.data.prompt or self.data.prompt_words or self.data.messages):
+        if (self.rl or self.expert) and not (
+            self.data.prompt or self.data.prompt_words or self.data.messages or self.data.classes
+        ):
             raise ValueError("[rl] and [expert] need prompts: set data.prompt, data.messages, or data.prompt_words")
         return self

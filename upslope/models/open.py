@@ -16,6 +16,10 @@ from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.encdec import EncDec, EncDecConfig
 from upslope.models.encdec_hf import ARCHITECTURES, load_encdec, save_encdec
 from upslope.models.encdec_runner import EncDecRunner
+from upslope.models.encoder import Encoder, EncoderConfig
+from upslope.models.encoder_hf import MODEL_TYPES as ENCODERS
+from upslope.models.encoder_hf import load_encoder, save_encoder
+from upslope.models.encoder_runner import EncoderRunner
 from upslope.models.fallback import Fallback, FallbackRunner, load_fallback, save_fallback
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
 from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
@@ -73,10 +77,34 @@ def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
     return EncDec(EncDecConfig(vocab_size, encoder, decoder, tied=shape.tied, scale_logits=False, bos_id=0))
 
 
+def _new_encoder(shape: Scratch, vocab_size: int) -> Encoder:
+    """Of BERT's shape."""
+    heads = shape.heads or max(1, shape.width // 64)
+    stack = StackConfig(
+        width=shape.width,
+        layers=shape.layers,
+        heads=heads,
+        head_dim=shape.width // heads,
+        ffn_width=shape.ffn_width or 4 * shape.width,
+        context=shape.context,
+        norm="layer",
+        norm_eps=1e-12,
+        pre_norm=False,
+        embed_norm=True,
+        bias=True,
+        scaled=True,
+        gated=False,
+        activation="gelu",
+        position="learned",
+    )
+    return Encoder(EncoderConfig(vocab_size, stack))
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
     "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
     "encdec": Kind(EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec),
+    "encoder": Kind(Encoder, EncoderRunner, ENCODERS, load_encoder, save_encoder, _new_encoder),
     "fallback": Kind(Fallback, FallbackRunner, tuple(CAUSAL), load_fallback, save_fallback),  # after all that are ours
 }
 

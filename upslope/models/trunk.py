@@ -56,6 +56,15 @@ class Trunk(nn.Module):
         """New weights, from a seed alone."""
         raise NotImplementedError
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of what a classifier chooses from; none for a model that writes."""
+        return ()
+
+    def take_labels(self, labels: tuple[str, ...]) -> None:
+        """Choose among these from now on. Raises ModelError for a model that writes."""
+        raise ModelError("data.classes is set, and the model is no encoder", "remove it, or choose an encoder")
+
     def lowest(self, layers: int) -> list[nn.Parameter]:
         """The parameters of the embeddings and of the lowest blocks."""
         return [p for name, p in self.named_parameters() if _is_low(name, layers)]

@@ -27,15 +27,18 @@ class Tokenizer:
     for_sources: a prompt is a source that an encoder reads, so that it is encoded as the tokenizer encodes a text.
     """
 
+    labels: tuple[str, ...] = ()  # see labels.py
+
     def __init__(self, inner: Any, source: str, *, for_sources: bool = False) -> None:
-        if inner.eos_token_id is None:
+        eos = inner.sep_token_id if inner.eos_token_id is None and for_sources else inner.eos_token_id
+        if eos is None:
             raise DataError(
                 f"the tokenizer of {source} has no EOS token", "set eos_token: without it nothing learns to end"
             )
         self.inner = inner
         self.source = source
         self.for_sources = for_sources
-        self.eos_id: int = int(inner.eos_token_id)
+        self.eos_id: int = int(eos)
         self.bos_id: int | None = None if inner.bos_token_id is None else int(inner.bos_token_id)
         self.vocab_size: int = len(inner)
         encoded = inner("a").input_ids

@@ -16,6 +16,7 @@ from upslope.errors import DataError
 from upslope.models.trunk import Trunk, tokens_seen
 from upslope.sources import resolve
 from upslope.text import prepare
+from upslope.text.labels import LabelTokenizer, class_examples
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.run import Run
@@ -27,7 +28,16 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     """Read, clean and split the rows: train, valid, test. `rows` (a dataset or list) stands in for data.rows."""
     source = rows if rows is not None else resolve(data.rows)
     table = load_rows(source, limit=data.limit)
-    columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
+    columns = [
+        data.text,
+        data.prompt,
+        data.completion,
+        data.messages,
+        data.chosen,
+        data.rejected,
+        data.label,
+        data.classes,
+    ]
     wanted = [c for c in [*columns, data.margin, data.group, *data.keep] if c]
     name = data.rows if rows is None else "the rows given"
     require_columns(table, wanted, name)
@@ -46,7 +56,11 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
 
 def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
     data = run.recipe.data
-    if data.text and data.prompt_words and tokenizer.for_sources:
+    if isinstance(tokenizer, LabelTokenizer):
+        made = class_examples(
+            rows, tokenizer, text=str(data.prompt or data.text), classes=str(data.classes), max_tokens=data.max_tokens
+        )
+    elif data.text and data.prompt_words and tokenizer.for_sources:
         made = prepare.opening_examples(
             rows, tokenizer, text=data.text, words=data.prompt_words, max_tokens=data.max_tokens
         )
@@ -116,7 +130,7 @@ def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage
     prompts, account = prepare.prompts(
         rows,
         tokenizer,
-        prompt=data.prompt,
+        prompt=data.text if data.classes and not data.prompt else data.prompt,
         text=data.text if data.prompt_words else None,
         words=data.prompt_words,
         messages=data.messages if not data.prompt else None,

@@ -84,6 +84,8 @@ class Pipeline:
             kinds = ("an encoder-decoder", "a model without an encoder")
             found, wanted = kinds if model.needs_source else kinds[::-1]
             raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
+        if self.tokenizer.labels:
+            model.take_labels(self.tokenizer.labels)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,5 +113,28 @@ def evaluate(
         count += logp_A.numel()
     loss = total / count
     metrics = {"valid/loss": loss, "valid/perplexity": math.exp(min(loss, 50.0))}
+    if model.labels:
+        metrics |= choices(model, examples, micro_tokens)
     run.record("eval", stage=stage, step=step, metrics=metrics)
     return metrics
+
+
+@torch.no_grad()
+def choices(model: Trunk, examples: Sequence[Example], micro_tokens: int) -> dict[str, float]:
+    """Of a classifier's likeliest labels: the share that is right, and the mean over labels of F1.
+
+    F1 = 2 TP / (2 TP + FP + FN); a label that neither stands in the examples nor is chosen has no part in the mean.
+    """
+    labels = len(model.labels)
+    count = np.zeros((labels, labels))  # right label x chosen label
+    for part in micro_batches([len(e.ids) for e in examples], 2 * micro_tokens):
+        texts = [examples[i].ids for i in part]
+        batch, place_N = lay_out_texts(texts, [len(ids) - 1 for ids in texts], model.needs_source)
+        last = place_N[torch.tensor([len(ids) for ids in texts]).cumsum(0) - 1]
+        hidden_BD = model.hidden(batch.to(model.device))[batch.previous[last].to(model.device)]
+        chosen = (hidden_BD @ model.output_weight.to(hidden_BD.dtype).t()).argmax(1)
+        np.add.at(count, (np.array([ids[-1] for ids in texts]), chosen.cpu().numpy()), 1)
+    right, there, found = count.diagonal(), count.sum(1), count.sum(0)
+    seen = there + found > 0
+    f1 = 2 * right[seen] / (there + found)[seen]
+    return {"valid/accuracy": float(right.sum() / count.sum()), "valid/macro_f1": float(f1.mean())}

@@ -70,6 +70,7 @@ class Encoder(Trunk):
     """A bidirectional encoder that chooses labels."""
 
     needs_source = True
+    masks = True
     config: EncoderConfig
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -162,10 +163,18 @@ class Encoder(Trunk):
             x = block(x, mix)
         return self.stack.leave(x)
 
+    def read_masks(self) -> None:
+        """Learn masked tokens from now on: nothing reads the pooler. Raises ModelError for one without their head."""
+        if self.masked is None:
+            raise ModelError("this encoder has no head for masked tokens", "start from one that has, or from scratch")
+        self.masked.requires_grad_(True)
+        if self.pooler is not None:
+            self.pooler.requires_grad_(False)
+
     def masked_states(self, states_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden_N(D + 1), weight_V(D + 1)) of what stands at these places, the bias as the last column."""
         if self.masked is None:
-            raise ModelError("this encoder has no head for masked tokens", "pretrain one that has, or from scratch")
+            raise ModelError("this encoder has no head for masked tokens", "start from one that has, or from scratch")
         hidden = self.masked(states_ND)
         weight = torch.cat((self.embed.weight, self.masked.bias[:, None]), dim=1)
         return torch.cat((hidden, hidden.new_ones(len(hidden), 1)), dim=1), weight

@@ -31,6 +31,7 @@ class Trunk(nn.Module):
     """
 
     needs_source: ClassVar[bool] = False  # every prompt must be a parent row, its completion the child
+    masks: ClassVar[bool] = False  # pretrained on masked tokens, for it sees both ways
     remark: ClassVar[str] = ""  # what whoever loads one is told, once
     config: Shape
     compute_dtype: torch.dtype

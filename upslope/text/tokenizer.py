@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from upslope.errors import DataError
 
+MASK = "<|mask|>"  # and of one for an encoder
 BOS, EOS = "<|begin|>", "<|end|>"  # of a tokenizer that is trained here
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -150,7 +151,7 @@ class Tokenizer:
         return text
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab: int, *, mask: bool = False) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab` tokens, learned from texts.
 
     All 256 bytes are tokens, so that no text is unknown; the other two are the BOS that stands in front of a text and
@@ -161,12 +162,14 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, *([MASK] if mask else [])],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     raw.train_from_iterator(texts, trainer)
     raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, raw.token_to_id(BOS))])
-    inner = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BOS, eos_token=EOS)
+    inner = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=BOS, eos_token=EOS, **({"mask_token": MASK} if mask else {})
+    )
     inner.chat_template = CHAT_TEMPLATE
     return Tokenizer(inner, "the recipe's rows")

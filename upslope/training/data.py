@@ -19,6 +19,7 @@ from upslope.text import prepare
 from upslope.text.labels import LabelTokenizer, class_examples
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.masked import masked_texts
 from upslope.training.run import Run
 
 Splits = dict[str, Dataset]
@@ -78,6 +79,17 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
         )
     examples, account = made
     run.account(f"{side} examples: {account}", stage)
+    return examples
+
+
+def masked_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
+    """Texts whose tokens are masked anew at every step."""
+    data = run.recipe.data
+    text = data.text or data.prompt
+    if not text:
+        raise DataError(f"[{stage}] has nothing to mask", "set data.text")
+    examples, account = masked_texts(rows, tokenizer, text=text, max_tokens=data.max_tokens)
+    run.account(f"{side} texts: {account}", stage)
     return examples
 
 

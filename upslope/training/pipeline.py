@@ -19,7 +19,14 @@ from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import Splits, make_prompts, preference_pairs, require_room, supervised_examples
+from upslope.training.data import (
+    Splits,
+    make_prompts,
+    masked_examples,
+    preference_pairs,
+    require_room,
+    supervised_examples,
+)
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
@@ -77,14 +84,17 @@ class Pipeline:
         before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
         return str(self.stage_folder(before[-1]) / "model") if before else self.start
 
-    def trunk(self, source: str, *, trained: bool) -> Trunk:
-        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen."""
+    def trunk(self, source: str, *, trained: bool, chooses: bool = True) -> Trunk:
+        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen.
+
+        chooses: among the labels of the data, where it has those.
+        """
         model = load_model(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
         if model.needs_source != self.tokenizer.for_sources:
             kinds = ("an encoder-decoder", "a model without an encoder")
             found, wanted = kinds if model.needs_source else kinds[::-1]
             raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
-        if self.tokenizer.labels:
+        if self.tokenizer.labels and chooses:
             model.take_labels(self.tokenizer.labels)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
@@ -205,9 +215,10 @@ def plan_work(recipe: Recipe) -> dict[str, float]:
 
 def _supervised(stage: str) -> Callable[[Pipeline], None]:
     def run_stage(p: Pipeline) -> None:
-        train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
-        valid = supervised_examples(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
-        model = p.trunk(p.source_of(stage), trained=True)
+        model = p.trunk(p.source_of(stage), trained=True, chooses=stage != "pretrain")
+        make = masked_examples if stage == "pretrain" and model.masks else supervised_examples
+        train = make(p.run, stage, p.splits["train"], p.tokenizer, "train")
+        valid = make(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
         for side, examples in (("train", train), ("held-out", valid)):
             require_room(model, side, ((e.row, (n := e.trained.index(True)), len(e.ids) - n) for e in examples))
         run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid)

@@ -54,7 +54,7 @@ def labelled(run: Run, tokenizer: Tokenizer, splits: Splits, data: Data) -> Toke
 
 def write_start(folder: Path, shape: Scratch, seed: int, rows: Dataset, data: Data) -> None:
     """Train the tokenizer, draw the weights, write both in Hugging Face layout."""
-    tokenizer = train_tokenizer(texts_of(rows, data), shape.vocab)
+    tokenizer = train_tokenizer(texts_of(rows, data), shape.vocab, mask=shape.kind == "encoder")
     with writing(folder.parent):
         write_model(folder, new_model(shape, tokenizer.vocab_size, seed), tokenizer)
 

@@ -10,6 +10,7 @@ Devlin et al. 2019, "BERT" (arXiv 1810.04805).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -185,12 +186,16 @@ class Encoder(Trunk):
         return [p for part in (self.embed, self.types, *around, *self.blocks[:layers]) for p in part.parameters()]
 
     def init_weights(self, seed: int) -> Encoder:
-        """Normal weights of deviation 0.02, as BERT's, from a seed alone; biases 0."""
+        """Normal weights of deviation 0.02 at BERT's width of 768, growing as 1 / sqrt(width); from a seed alone.
+
+        Behind a norm a block adds in proportion to what its weights keep of a unit vector: a narrow one of 0.02 nothing.
+        """
+        std = 0.02 * math.sqrt(768 / self.config.stack.width)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.ndim >= 2:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
                 else:
                     parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         return self

@@ -228,7 +228,7 @@ def test_damaged_folders_are_one_line(model, tmp_path):
         assert "\n" not in str(caught.value)
     save_file(weights, tmp_path / "model.safetensors")
     raw = json.loads((tmp_path / "config.json").read_text())
-    numbers = [key for key, value in raw.items() if type(value) is int]
+    numbers = [key for key, value in raw.items() if type(value) is int and not key.endswith("_token_id")]
     for key in numbers:
         for wrong in (None, "x", -1, True, 1 << 60):
             (tmp_path / "config.json").write_text(json.dumps(raw | {key: wrong}))
@@ -356,4 +356,5 @@ def test_every_critic_and_trpo_run(name, critic, rows, tmp_path):
 
 
 def test_the_table_of_kinds_is_covered():
-    assert {name.partition("-")[0] for name in NAMES} == set(KINDS)
+    """But an encoder, whose one action is a label: test_encoder.py and test_classify.py."""
+    assert {name.partition("-")[0] for name in NAMES} == set(KINDS) - {"encoder"}

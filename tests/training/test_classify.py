@@ -12,7 +12,7 @@ from upslope.config import Scratch
 from upslope.errors import DataError, Interrupted, ModelError, RecipeError
 from upslope.models.encoder import Encoder
 from upslope.models.open import new_model
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.training.supervised import choices
 
 SHAPE = {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 48, "vocab": 280}
@@ -23,7 +23,7 @@ def right(prompts, completions, rows):
     return [float(c == row["label"]) for c, row in zip(completions, rows, strict=True)]
 
 
-def labelled_rows(count=60):
+def labelled_rows(count=150):
     names = list(WORDS)
     return [
         {"text": f"a {WORDS[names[i % 3]][i // 3 % 3]} film, number {i}", "label": names[i % 3]} for i in range(count)
@@ -37,7 +37,7 @@ def recipe(**changes):
         "checkpoint_minutes": 0,
         "data": {"rows": "given", "text": "text", "classes": "label", "valid": 0.2, "test": 0.2, "max_tokens": 48},
         "optim": {"lr": 5e-3, "micro_tokens": 256},
-        "sft": {"steps": 100, "batch": 16},
+        "sft": {"steps": 40, "batch": 16},
         "rl": {"reward": f"{__name__}:right", "steps": 2, "prompts": 8, "max_tokens": 1},
         "eval": {"prompts": 6, "judges": []},
     }
@@ -73,7 +73,7 @@ def test_an_episode_is_one_action_that_ends_it(finished):
 
 
 def test_a_reward_alone_teaches_labels(tmp_path):
-    rl = recipe()["rl"] | {"algorithm": "reinforce", "baseline": "mean", "steps": 60, "prompts": 24}
+    rl = recipe()["rl"] | {"algorithm": "reinforce", "baseline": "mean", "steps": 40, "prompts": 32}
     run = train(tmp_path / "run", sft=None, rl=rl)
     reward = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["kind"] == "step"]
     first, last = reward[0]["metrics"]["reward/mean"], reward[-1]["metrics"]["reward/mean"]

@@ -12,7 +12,7 @@ from tests.training.test_classify import SHAPE, labelled_rows, recipe
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.errors import DataError, Interrupted
 from upslope.models.encoder_hf import load_encoder
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.masked import Masked, hide, masked_logprobs, masked_texts
 

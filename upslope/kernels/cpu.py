@@ -32,6 +32,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "causal_softmax": [_POINTER] * 3 + [_COUNT] * 5 + [_NUMBER],
     "token_stats": [_POINTER] * 5 + [_COUNT] * 2 + [_NUMBER],
     "token_gradient": [_POINTER] * 6 + [_COUNT] * 2 + [_NUMBER],
+    "discounted_sums": [_POINTER] * 4 + [_COUNT, _NUMBER],
     "choose": [_POINTER] * 5 + [_COUNT] * 3,
 }
 
@@ -199,3 +200,11 @@ def choose(logits: Tensor, temperature: Tensor, uniform: Tensor, valid: int) -> 
     pointers = (_at(t) for t in (logits, temperature, uniform, ids, logp))
     _function("choose", logits.dtype)(*pointers, *logits.shape, valid)
     return ids, logp
+
+
+def discounted_sums(x: Tensor, starts: Tensor, decay: float, tail: Tensor | None) -> Tensor:
+    """y_t = x_t + decay y_{t+1} inside each episode (starts: int64 offsets); y behind the last is tail, or 0; fp32."""
+    out = torch.empty_like(x)
+    pointers = (_at(t) for t in (x, starts, tail, out))
+    _function("discounted_sums", x.dtype)(*pointers, len(starts) - 1, decay)
+    return out

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, logging
 
 from upslope.errors import ModelError
+from upslope.models.checks import LIMITS
 from upslope.models.hf import read_config
 from upslope.models.runner import sum_of_words
 from upslope.models.trunk import Trunk, check_context
@@ -213,8 +214,13 @@ class FallbackRunner:
 
 def load_fallback(folder: Path, *, dtype: torch.dtype = torch.float32) -> Fallback:
     """Read a folder by transformers: safetensors only, no code of the folder's. Raises ModelError."""
-    if read_config(folder).get("is_encoder_decoder"):
+    raw = read_config(folder)
+    if raw.get("is_encoder_decoder"):
         raise ModelError(f"{folder}: this encoder-decoder is of a shape that is not known", "use another model")
+    for key, value in raw.items():  # a damaged number must not lead to a day of building layers
+        limit = LIMITS["layers" if "layer" in key else "vocab_size"]
+        if isinstance(value, int) and not -1 <= value <= limit:
+            raise ModelError(f"{folder}: {key} is {value}, beyond any model there is", "fetch it again")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -243,4 +249,5 @@ def _strict(folder: Path, found: dict[str, Any]) -> None:
 
 def save_fallback(model: Fallback, folder: Path) -> None:
     """Write what transformers reads."""
+    logging.disable_progress_bar()
     model.inner[0].save_pretrained(str(folder))

@@ -8,7 +8,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from upslope.errors import DataError
-from upslope.text.prepare import Account, Example
+from upslope.text.examples import Example, Examples
+from upslope.text.prepare import Account
 from upslope.text.tokenizer import Tokenizer
 
 
@@ -53,11 +54,11 @@ def labels_of(splits: Mapping[str, Dataset], classes: str) -> tuple[str, ...]:
 
 def class_examples(
     rows: Dataset, tokenizer: LabelTokenizer, *, text: str, classes: str, max_tokens: int
-) -> tuple[list[Example], Account]:
+) -> tuple[Examples, Account]:
     """A text as a source, and its label as the one token that is learned."""
     account = Account(len(rows), unit="examples")
     number = {label: n for n, label in enumerate(tokenizer.labels)}
-    made = []
+    made = Examples()
     for i, (value, label) in enumerate(zip(rows[text], rows[classes], strict=True)):
         ids = tokenizer.encode_prompt(value) if isinstance(value, str) else []
         if not _is_there(label):

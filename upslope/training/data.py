@@ -16,6 +16,7 @@ from upslope.errors import DataError
 from upslope.models.trunk import Trunk, tokens_seen
 from upslope.sources import resolve
 from upslope.text import prepare
+from upslope.text.examples import Examples, Pairs
 from upslope.text.labels import LabelTokenizer, class_examples
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
 
 
-def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
+def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     data = run.recipe.data
     if isinstance(tokenizer, LabelTokenizer):
         made = class_examples(
@@ -82,7 +83,7 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
     return examples
 
 
-def masked_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
+def masked_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     """Texts whose tokens are masked anew at every step."""
     data = run.recipe.data
     text = data.text or data.prompt
@@ -93,9 +94,7 @@ def masked_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, s
     return examples
 
 
-def preference_pairs(
-    run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int
-) -> list[prepare.Pair]:
+def preference_pairs(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int) -> Pairs:
     """Pairs for a stage: from chosen and rejected columns, or whole texts from the labels of one group's rows."""
     data = run.recipe.data
     if data.chosen and data.rejected:

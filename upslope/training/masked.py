@@ -22,7 +22,8 @@ from upslope.algo.random import uniform
 from upslope.errors import DataError
 from upslope.models.encoder import Encoder
 from upslope.ragged import Ragged
-from upslope.text.prepare import Account, Example
+from upslope.text.examples import Example, Examples
+from upslope.text.prepare import Account
 from upslope.text.tokenizer import Tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.9  # of all tokens; of the chosen ones, and up to where a random one
@@ -37,8 +38,8 @@ class Masked(Example):
     hidden: list[int]
 
 
-def masked_texts(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[list[Example], Account]:
-    """Texts as an encoder reads them; trained says which tokens may be chosen: all but the special ones.
+def masked_texts(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[Examples, Account]:
+    """Texts as an encoder reads them; trained says which tokens may be chosen: all but the first and the special ones.
 
     Raises DataError for a tokenizer without a mask.
     """
@@ -46,10 +47,10 @@ def masked_texts(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: 
         raise DataError(f"the tokenizer of {tokenizer.source} has no mask token", "use an encoder's own tokenizer")
     account = Account(len(rows), unit="texts")
     special = set(tokenizer.inner.all_special_ids)
-    made = []
+    made = Examples()
     for i, value in enumerate(rows[text]):
         ids = tokenizer.encode_prompt(value) if isinstance(value, str) else []
-        free = [token not in special for token in ids]
+        free = [place > 0 and token not in special for place, token in enumerate(ids)]
         if not any(free):
             account.drop("without text", i)
         elif len(ids) > max_tokens:

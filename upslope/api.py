@@ -19,6 +19,7 @@ from upslope.models.trunk import Trunk
 from upslope.observe.compare import as_json
 from upslope.observe.compare import compare as compare_folders
 from upslope.sources import resolve
+from upslope.text.labels import LabelTokenizer
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.axes import axis_of
 from upslope.training.pipeline import Given, run_pipeline
@@ -109,9 +110,13 @@ class LoadedModel:
         samples: int = 1,
         seed: int = 0,
     ) -> list[str]:
-        """Continue each prompt; with several samples, those of the first prompt come first. Temperature 0 is greedy."""
+        """Continue each prompt, or choose its label; with several samples, those of the first prompt come first.
+
+        Temperature 0 is greedy.
+        """
+        max_tokens = 1 if self.tokenizer.labels else max_tokens
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop))
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return [self.tokenizer.decode(c.ids) for c in self.complete(ids, sampling, samples=samples, seed=seed)]
 
     def chat(
@@ -147,8 +152,10 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     path = model_source(str(source))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
-    tokenizer = Tokenizer.load(resolve(path))
     model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
+    tokenizer = Tokenizer.load(resolve(path), for_sources=model.needs_source)
+    if model.labels:
+        tokenizer = LabelTokenizer(tokenizer, model.labels)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(

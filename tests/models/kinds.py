@@ -17,6 +17,8 @@ SCRATCH: dict[str, dict[str, object]] = {
     "decoder-untied": SHAPE | {"kind": "decoder", "heads": 4, "tied": False},
     "lstm": SHAPE | {"kind": "lstm"},
     "lstm-untied": SHAPE | {"kind": "lstm", "tied": False, "layers": 1},
+    "encdec": SHAPE | {"kind": "encdec", "heads": 4},
+    "encdec-untied": SHAPE | {"kind": "encdec", "heads": 2, "tied": False, "layers": 1},
     "lstm-deep": SHAPE | {"kind": "lstm", "layers": 3},
 }
 COMMON = {
@@ -35,7 +37,12 @@ FALLBACK = {  # classes of transformers: untied; tied, with learned positions an
     "fallback-phi": PhiConfig(**COMMON, intermediate_size=24, resid_pdrop=0.5),
 }
 NAMES = (*SCRATCH, *FALLBACK)
-SCALES = {"decoder": 8.0, "lstm": 8.0, "fallback": 8.0}  # so large that what is predicted is far from uniform
+SCALES = {
+    "decoder": 8.0,
+    "lstm": 8.0,
+    "encdec": 6.0,
+    "fallback": 8.0,
+}  # so large that what is predicted is far from uniform
 
 
 def tiny(name: str, seed: int = 0, scale: float | None = None) -> Trunk:

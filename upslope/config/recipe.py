@@ -92,6 +92,15 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
+    def _labels_fit(self) -> Recipe:
+        for name, stage in (("rl", self.rl), ("expert", self.expert)):
+            if self.data.classes and stage and stage.max_tokens != 1:
+                raise ValueError(
+                    f"{name}.max_tokens = {stage.max_tokens}, but a label of data.classes is one: set it to 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if not self.stages:
             raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")
@@ -112,6 +121,8 @@ class Recipe(Table):
                 )
         if self.data.margin and not self.reward and not (self.preference and self.preference.loss == "dpo"):
             raise ValueError("data.margin is read by [reward] and by dpo: remove it")
-        if (self.rl or self.expert) and not (self.data.prompt or self.data.prompt_words or self.data.messages):
+        if (self.rl or self.expert) and not (
+            self.data.prompt or self.data.prompt_words or self.data.messages or self.data.classes
+        ):
             raise ValueError("[rl] and [expert] need prompts: set data.prompt, data.messages, or data.prompt_words")
         return self

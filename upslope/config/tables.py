@@ -35,9 +35,9 @@ class Table(BaseModel):
 class Scratch(Table):
     """A model from random weights, with a byte-level tokenizer that is trained on the training side of the data."""
 
-    kind: Literal["decoder", "lstm"] = "decoder"
+    kind: Literal["decoder", "lstm", "encdec", "encoder"] = "decoder"
     width: Positive = 256
-    layers: Positive = 4
+    layers: Positive = 4  # of an encoder-decoder: in each of the two
     heads: Positive | None = None  # default: one for 64 of width
     kv_heads: Positive | None = None  # default: as many as heads
     ffn_width: Positive | None = None  # default: 8/3 of width
@@ -57,6 +57,10 @@ class Scratch(Table):
             raise ValueError(f"width = {self.width} does not divide among {heads} heads: set heads to a divisor")
         if heads % (self.kv_heads or heads):
             raise ValueError(f"{heads} heads do not divide among kv_heads = {self.kv_heads}: set a divisor of heads")
+        if self.kind in ("encdec", "encoder") and self.kv_heads not in (None, heads):
+            raise ValueError(f"kv_heads = {self.kv_heads} has no place in {self.kind}: remove it")
+        if self.kind == "encoder" and not self.tied:
+            raise ValueError("tied = false has no place in encoder, whose masked head is the embedding: remove it")
         if self.width // heads % 2:
             raise ValueError(f"width = {self.width} of {heads} heads gives each an odd share: set fewer heads")
         return self
@@ -72,6 +76,7 @@ class Data(Table):
     messages: str | None = None  # column of chat messages: the assistant's turns are learned
     chosen: str | None = None  # columns of a preference pair
     rejected: str | None = None
+    classes: str | None = None  # column of labels, which an encoder chooses from for `prompt` or `text`
     margin: str | None = None  # column of numbers: by how much the chosen side of a pair is better
     prompt_words: Positive | tuple[Positive, Positive] | None = None  # prompts: this many first words of `text`
     label: str | None = None  # pairs from labels: `prefer` stands above the others of its group

@@ -163,6 +163,8 @@ class FallbackCache:
 class FallbackRunner:
     """Prefill and single steps without a cache of states, on a copy of the model in the dtype of products."""
 
+    needs_source = False
+
     def __init__(self, model: Fallback, *, dtype: torch.dtype) -> None:
         self.config = model.config
         self.dtype = dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from upslope.config import Scratch
 from upslope.errors import ModelError
 from upslope.models.decoder import Decoder, DecoderConfig
+from upslope.models.encdec import EncDec, EncDecConfig
+from upslope.models.encdec_hf import ARCHITECTURES, load_encdec, save_encdec
+from upslope.models.encdec_runner import EncDecRunner
+from upslope.models.encoder import Encoder, EncoderConfig
+from upslope.models.encoder_hf import MODEL_TYPES as ENCODERS
+from upslope.models.encoder_hf import load_encoder, save_encoder
+from upslope.models.encoder_runner import EncoderRunner
 from upslope.models.fallback import Fallback, FallbackRunner, load_fallback, save_fallback
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
 from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
 from upslope.models.names import HUGGING_FACE
 from upslope.models.runner import DecoderRunner
+from upslope.models.stack import StackConfig
 from upslope.models.trunk import Runner, Trunk
 
 
@@ -54,29 +62,62 @@ def _new_lstm(shape: Scratch, vocab_size: int) -> LSTM:
     return LSTM(LSTMConfig(vocab_size, shape.width, shape.layers, shape.context, shape.tied))
 
 
+def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
+    """Of T5 1.1's shape, its logits not scaled. 0 and 1 are the BOS and EOS of a tokenizer that is trained here."""
+    heads = shape.heads or max(1, shape.width // 64)
+    encoder = StackConfig(
+        width=shape.width,
+        layers=shape.layers,
+        heads=heads,
+        head_dim=shape.width // heads,
+        ffn_width=shape.ffn_width or 8 * -(-shape.width // 3),
+        context=shape.context,
+    )
+    decoder = replace(encoder, across=True)
+    return EncDec(EncDecConfig(vocab_size, encoder, decoder, tied=shape.tied, scale_logits=False, bos_id=0))
+
+
+def _new_encoder(shape: Scratch, vocab_size: int) -> Encoder:
+    """Of BERT's shape."""
+    heads = shape.heads or max(1, shape.width // 64)
+    stack = StackConfig(
+        width=shape.width,
+        layers=shape.layers,
+        heads=heads,
+        head_dim=shape.width // heads,
+        ffn_width=shape.ffn_width or 4 * shape.width,
+        context=shape.context,
+        norm="layer",
+        norm_eps=1e-12,
+        pre_norm=False,
+        embed_norm=True,
+        bias=True,
+        scaled=True,
+        gated=False,
+        activation="gelu",
+        position="learned",
+    )
+    return Encoder(EncoderConfig(vocab_size, stack))
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
     "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
+    "encdec": Kind(EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec),
+    "encoder": Kind(Encoder, EncoderRunner, ENCODERS, load_encoder, save_encoder, _new_encoder),
     "fallback": Kind(Fallback, FallbackRunner, tuple(CAUSAL), load_fallback, save_fallback),  # after all that are ours
 }
 
 
 def load_model(source: Path | str, *, dtype: torch.dtype = torch.float32) -> Trunk:
     """A model of any kind from a folder in Hugging Face layout, a .gguf file or a hub id. Raises ModelError."""
-    path = Path(source)
-    if not path.exists():
-        path = download(str(source))
-    if path.is_file():
-        return load_decoder(path, dtype=dtype)
-    raw = read_config(path)
-    for kind in KINDS.values():
-        if raw["model_type"] in kind.model_types:
-            return kind.load(path, dtype=dtype)
-    known = ", ".join(name for key, kind in KINDS.items() for name in kind.model_types if key != "fallback")
-    raise ModelError(
-        f"{path}: architecture {raw['model_type']!r:.80} is not known",
-        f"known: {known}, and the causal models of transformers",
-    )
+    path = _local(source)
+    return _kind_at(path).load(path, dtype=dtype)
+
+
+def needs_source(source: Path | str) -> bool:
+    """Whether the model there reads its prompts as sources, by its configuration alone. Raises ModelError."""
+    return _kind_at(_local(source)).trunk.needs_source
 
 
 def save_model(model: Trunk, folder: Path) -> None:
@@ -101,3 +142,23 @@ def _kind_of(model: Any) -> Kind:
         if type(model) is kind.trunk:
             return kind
     raise ModelError(f"{type(model).__name__} is no model kind", f"known: {', '.join(KINDS)}")
+
+
+def _local(source: Path | str) -> Path:
+    path = Path(source)
+    return path if path.exists() else download(str(source))
+
+
+def _kind_at(path: Path) -> Kind:
+    """The kind of the model in a folder or file. Raises ModelError for an architecture that none is."""
+    if path.is_file():
+        return KINDS["decoder"]
+    model_type = read_config(path)["model_type"]
+    for kind in KINDS.values():
+        if model_type in kind.model_types:
+            return kind
+    known = ", ".join(name for key, kind in KINDS.items() for name in kind.model_types if key != "fallback")
+    raise ModelError(
+        f"{path}: architecture {model_type!r:.80} is not known",
+        f"known: {known}, and the causal models of transformers",
+    )

@@ -31,6 +31,7 @@ class Trunk(nn.Module):
     """
 
     needs_source: ClassVar[bool] = False  # every prompt must be a parent row, its completion the child
+    masks: ClassVar[bool] = False  # pretrained on masked tokens, for it sees both ways
     remark: ClassVar[str] = ""  # what whoever loads one is told, once
     config: Shape
     compute_dtype: torch.dtype
@@ -56,6 +57,15 @@ class Trunk(nn.Module):
         """New weights, from a seed alone."""
         raise NotImplementedError
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of what a classifier chooses from; none for a model that writes."""
+        return ()
+
+    def take_labels(self, labels: tuple[str, ...]) -> None:
+        """Choose among these from now on. Raises ModelError for a model that writes."""
+        raise ModelError("data.classes is set, and the model is no encoder", "remove it, or choose an encoder")
+
     def lowest(self, layers: int) -> list[nn.Parameter]:
         """The parameters of the embeddings and of the lowest blocks."""
         return [p for name, p in self.named_parameters() if _is_low(name, layers)]
@@ -73,6 +83,11 @@ def check_context(batch: Ragged, context: int) -> None:
         raise ModelError(f"a sequence of {longest} tokens exceeds the model's context of {context}", "shorten it")
 
 
+def tokens_seen(needs_source: bool, prompt: int, completion: int) -> int:
+    """How many tokens a context must hold: a source and what is written to it have one each."""
+    return max(prompt, completion) if needs_source else prompt + completion
+
+
 class Cache(Protocol):
     """What a runner keeps of each slot's tokens; live slots are always 0 to n - 1."""
 
@@ -84,6 +99,7 @@ class Cache(Protocol):
 class Runner(Protocol):
     """A trunk for generation, without gradients, its weights copied in the dtype of products."""
 
+    needs_source: bool  # as the trunk's
     config: Any  # a Shape
     device: torch.device
     output_weight: Tensor

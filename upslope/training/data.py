@@ -5,6 +5,7 @@ Every function records its account (rows read, kept, dropped and why) in the run
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
@@ -12,11 +13,14 @@ from datasets import Dataset
 from upslope.algo.random import permutation
 from upslope.config import Data
 from upslope.errors import DataError
+from upslope.models.trunk import Trunk, tokens_seen
 from upslope.sources import resolve
 from upslope.text import prepare
 from upslope.text.examples import Examples, Pairs
+from upslope.text.labels import LabelTokenizer, class_examples
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.masked import masked_texts
 from upslope.training.run import Run
 
 Splits = dict[str, Dataset]
@@ -26,7 +30,16 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     """Read, clean and split the rows: train, valid, test. `rows` (a dataset or list) stands in for data.rows."""
     source = rows if rows is not None else resolve(data.rows)
     table = load_rows(source, limit=data.limit)
-    columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
+    columns = [
+        data.text,
+        data.prompt,
+        data.completion,
+        data.messages,
+        data.chosen,
+        data.rejected,
+        data.label,
+        data.classes,
+    ]
     wanted = [c for c in [*columns, data.margin, data.group, *data.keep] if c]
     name = data.rows if rows is None else "the rows given"
     require_columns(table, wanted, name)
@@ -45,7 +58,15 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
 
 def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     data = run.recipe.data
-    if data.text:
+    if isinstance(tokenizer, LabelTokenizer):
+        made = class_examples(
+            rows, tokenizer, text=str(data.prompt or data.text), classes=str(data.classes), max_tokens=data.max_tokens
+        )
+    elif data.text and data.prompt_words and tokenizer.for_sources:
+        made = prepare.opening_examples(
+            rows, tokenizer, text=data.text, words=data.prompt_words, max_tokens=data.max_tokens
+        )
+    elif data.text:
         made = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     elif data.messages:
         made = prepare.chat_examples(rows, tokenizer, messages=data.messages, max_tokens=data.max_tokens)
@@ -59,6 +80,17 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
         )
     examples, account = made
     run.account(f"{side} examples: {account}", stage)
+    return examples
+
+
+def masked_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
+    """Texts whose tokens are masked anew at every step."""
+    data = run.recipe.data
+    text = data.text or data.prompt
+    if not text:
+        raise DataError(f"[{stage}] has nothing to mask", "set data.text")
+    examples, account = masked_texts(rows, tokenizer, text=text, max_tokens=data.max_tokens)
+    run.account(f"{side} texts: {account}", stage)
     return examples
 
 
@@ -90,6 +122,18 @@ def preference_pairs(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, 
     return pairs
 
 
+def require_room(model: Trunk, side: str, parts: Iterable[tuple[int, int, int]]) -> None:
+    """Check (row, prompt tokens, completion tokens) against the context. Raises DataError for the first too long."""
+    context = model.config.context
+    for row, prompt, completion in parts:
+        if tokens_seen(model.needs_source, prompt, completion) > context:
+            raise DataError(
+                f"row {row} of the {side} side, {prompt} tokens to start from and {completion} to write, exceeds the "
+                f"model's context of {context}",
+                "lower data.max_tokens, which drops such rows, or the stage's max_tokens",
+            )
+
+
 def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:
     """Prompts that leave room for the completions of a stage, rl or expert, within data.max_tokens."""
     data = run.recipe.data
@@ -97,7 +141,7 @@ def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage
     prompts, account = prepare.prompts(
         rows,
         tokenizer,
-        prompt=data.prompt,
+        prompt=data.text if data.classes and not data.prompt else data.prompt,
         text=data.text if data.prompt_words else None,
         words=data.prompt_words,
         messages=data.messages if not data.prompt else None,

@@ -12,14 +12,21 @@ import torch
 
 from upslope.config import POLICY_STAGES, Recipe, describe, source_name
 from upslope.engine import Engine
-from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
+from upslope.errors import Interrupted, ModelError, UpslopeError
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.open import load_model, make_runner
 from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import Splits, make_prompts, preference_pairs, supervised_examples
+from upslope.training.data import (
+    Splits,
+    make_prompts,
+    masked_examples,
+    preference_pairs,
+    require_room,
+    supervised_examples,
+)
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
@@ -77,9 +84,18 @@ class Pipeline:
         before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
         return str(self.stage_folder(before[-1]) / "model") if before else self.start
 
-    def trunk(self, source: str, *, trained: bool) -> Trunk:
-        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen."""
+    def trunk(self, source: str, *, trained: bool, chooses: bool = True) -> Trunk:
+        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen.
+
+        chooses: among the labels of the data, where it has those.
+        """
         model = load_model(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
+        if model.needs_source != self.tokenizer.for_sources:
+            kinds = ("an encoder-decoder", "a model without an encoder")
+            found, wanted = kinds if model.needs_source else kinds[::-1]
+            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
+        if self.tokenizer.labels and chooses:
+            model.take_labels(self.tokenizer.labels)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(
@@ -194,9 +210,12 @@ def plan_work(recipe: Recipe) -> dict[str, float]:
 
 def _supervised(stage: str) -> Callable[[Pipeline], None]:
     def run_stage(p: Pipeline) -> None:
-        train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
-        valid = supervised_examples(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
-        model = p.trunk(p.source_of(stage), trained=True)
+        model = p.trunk(p.source_of(stage), trained=True, chooses=stage != "pretrain")
+        make = masked_examples if stage == "pretrain" and model.masks else supervised_examples
+        train = make(p.run, stage, p.splits["train"], p.tokenizer, "train")
+        valid = make(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
+        for side, examples in (("train", train), ("held-out", valid)):
+            require_room(model, side, ((e.row, (n := e.trained.index(True)), len(e.ids) - n) for e in examples))
         run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid)
 
     return run_stage
@@ -228,13 +247,7 @@ def _rl(p: Pipeline) -> None:
     )
     _check_teacher(rl.teacher, frozen.reference, policy)
     prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
-    longest = max(len(prompt.ids) for prompt in prompts) + rl.max_tokens
-    if longest > policy.config.context:
-        raise DataError(
-            f"prompts of up to {longest - rl.max_tokens} tokens and rl.max_tokens = {rl.max_tokens} exceed the model's "
-            f"context of {policy.config.context}",
-            "lower rl.max_tokens or data.max_tokens",
-        )
+    require_room(policy, "train", ((prompt.number, len(prompt.ids), rl.max_tokens) for prompt in prompts))
     engine = Engine(
         make_runner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,

@@ -23,7 +23,10 @@ def saved(config, folder, **changes):
     model = fallback(config, 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+            if parameter.ndim >= 2:
+                parameter.mul_(8.0)
+            else:
+                parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
     save_model(model, folder)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | changes))

@@ -58,6 +58,7 @@ def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
     expected = F.silu(wide_gate) * wide_up
     expected.backward(grad.double())
     close(cpu.swiglu(gate, up), expected, dtype)
+    assert torch.equal(cpu.swiglu_joined(joined), cpu.swiglu(gate, up))
     assert wide_gate.grad is not None and wide_up.grad is not None
     grad_gate, grad_up = cpu.swiglu_backward(gate.contiguous(), up.contiguous(), grad)
     close(grad_gate, wide_gate.grad, dtype)

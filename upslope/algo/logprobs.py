@@ -55,11 +55,15 @@ class _TokenLogprobs(torch.autograd.Function):
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
         entropy_N, norm_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
         compiled = cpu.serve(hidden_ND)
+        keep = compiled and any(ctx.needs_input_grad)
+        ctx.kept = {}  # logits for the backward pass, which need not be made again: as many as fit a chunk
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
             logits_nV = hidden_ND[rows] @ weight_DV
             if compiled:
                 logp_N[rows], entropy_N[rows], norm_N[rows] = cpu.token_stats(logits_nV, target_N[rows], temperature)
+                if keep and start == 0:
+                    ctx.kept[start] = logits_nV
                 continue
             logp_nV = _log_softmax(logits_nV, temperature)
             logp_N[rows] = logp_nV.gather(1, target_N[rows, None]).squeeze(1)
@@ -80,7 +84,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits_nV = hidden_ND[rows] @ weight_cast.t()
+            kept = ctx.kept.pop(start, None)
+            logits_nV = hidden_ND[rows] @ weight_cast.t() if kept is None else kept
             pulls = [None if g is None else g[rows].contiguous() for g in grads]
             if ctx.compiled and not torch.is_grad_enabled():  # else this backward is itself differentiated
                 known = (target_N[rows], entropy_N[rows], norm_N[rows])

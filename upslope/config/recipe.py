@@ -13,6 +13,7 @@ from upslope.config.tables import (
     Data,
     Evaluation,
     Expert,
+    Limits,
     Optim,
     Preference,
     Rate,
@@ -29,6 +30,13 @@ Source = Annotated[
     Annotated[str, Tag("str")] | Annotated[Scratch, Tag("table")],
     Discriminator(lambda given: "table" if isinstance(given, Mapping | Scratch) else "str"),
 ]
+
+TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
+
+
+def source_name(source: str) -> str:
+    """The short name of a reward or judge: `learned` for a stage's model, else the function's own name."""
+    return "learned" if source.startswith("stage:") else source.rpartition(":")[2].rpartition(".")[2]
 
 
 class Recipe(Table):
@@ -48,6 +56,7 @@ class Recipe(Table):
     rl: RL | None = None
     expert: Expert | None = None
     eval: Evaluation = Evaluation()
+    limits: Limits = Limits()
 
     @property
     def stages(self) -> list[str]:
@@ -62,6 +71,25 @@ class Recipe(Table):
         if own is None:
             return self.rl.rewards if self.rl else {}
         return {own: 1.0} if isinstance(own, str) else dict(own)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        """Every reward and judge is told by a name of its own: two of one would be one figure."""
+        listed = {"rl.reward": self.rl.rewards if self.rl else {}, "expert.reward": self.expert_rewards}
+        for key, sources in {**listed, "eval.judges": self.eval.judges}.items():
+            seen: dict[str, str] = {}
+            for source in sources:
+                name = source_name(source)
+                if key != "eval.judges" and name in TAKEN:
+                    raise ValueError(
+                        f"{key} = {source!r} would be taken for the metric reward/{name}: rename the function"
+                    )
+                if name in seen:
+                    raise ValueError(
+                        f"{key} names {seen[name]!r} and {source!r}, both called {name}: rename one function"
+                    )
+                seen[name] = source
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:

@@ -193,6 +193,15 @@ class Expert(Table):
         return self
 
 
+class Limits(Table):
+    """What rewards and sampling may take, in every stage that has them. They may be changed when a run is resumed."""
+
+    slots: Positive = 64  # sequences generated side by side: memory and speed, never the result
+    timeout_s: Above0 = 30.0  # per call of a reward function
+    memory_gb: Above0 = 8.0  # of a reward function's processes; beyond it, it fails and they are replaced
+    max_failures: Share = 0.2  # share of a rollout's (for expert: of all) rewards that may fail
+
+
 class Evaluation(Table):
     """The table at the end: held-out prompts, before and after rl."""
 

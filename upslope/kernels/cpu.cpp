@@ -476,6 +476,15 @@ static void choose(const T* logits, const float* temperature, const double* unif
     }
 }
 
+// y_t = x_t + decay y_{t+1} inside each episode, from its end; y behind the last is tail, where there is one
+static void discounted_sums(const float* x, const int64_t* starts, const float* tail, float* y, int64_t episodes, float decay) {
+#pragma omp parallel for schedule(dynamic, 16)
+    for (int64_t b = 0; b < episodes; b++) {
+        float sum = tail ? tail[b] : 0.0f;
+        for (int64_t t = starts[b + 1] - 1; t >= starts[b]; t--) y[t] = sum = x[t] + decay * sum;
+    }
+}
+
 #define EXPORT(T, name)                                                                                                \
     void attend_##name(const T* qkv, const T* cos, const T* sin, T* keys, T* values, const int64_t* length, T* out,    \
                        int64_t slots, int64_t heads, int64_t kv_heads, int64_t width, int64_t capacity,                \
@@ -527,4 +536,7 @@ static void choose(const T* logits, const float* temperature, const double* unif
 extern "C" {
 EXPORT(float, f32)
 EXPORT(bf16, bf16)
+void discounted_sums_f32(const float* x, const int64_t* starts, const float* tail, float* y, int64_t episodes, float decay) {
+    discounted_sums(x, starts, tail, y, episodes, decay);
+}
 }

@@ -32,6 +32,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "causal_softmax": [_POINTER] * 3 + [_COUNT] * 5 + [_NUMBER],
     "token_stats": [_POINTER] * 5 + [_COUNT] * 2 + [_NUMBER],
     "token_gradient": [_POINTER] * 6 + [_COUNT] * 2 + [_NUMBER],
+    "discounted_sums": [_POINTER] * 4 + [_COUNT, _NUMBER],
     "choose": [_POINTER] * 5 + [_COUNT] * 3,
 }
 
@@ -74,10 +75,11 @@ def attend(
     place of the new one; window 0: none. Returns slots rows of heads x d.
     """
     slots, (kv_heads, capacity, width) = len(length), values.shape[1:]
-    out = qkv.new_empty(slots, heads * width)
-    cos, sin = rope or (None, None)
-    pointers = (_at(t) for t in (qkv, cos, sin, keys, values, length, out))
-    _function("attend", qkv.dtype)(*pointers, slots, heads, kv_heads, width, capacity, window)
+    out = torch.empty(slots, heads * width, dtype=qkv.dtype)
+    turn = (None, None) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
+    cache = (keys.data_ptr(), values.data_ptr(), length.data_ptr())
+    sizes = (slots, heads, kv_heads, width, capacity, window)
+    _function("attend", qkv.dtype)(qkv.data_ptr(), *turn, *cache, out.data_ptr(), *sizes)
     return out
 
 
@@ -108,6 +110,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; both may be columns of one wider tensor."""
     out = torch.empty(gate.shape, dtype=gate.dtype)
     _function("swiglu", gate.dtype)(_at(gate), _at(up), _at(out), len(gate), gate.shape[1], gate.stride(0))
+    return out
+
+
+def swiglu_joined(joined: Tensor) -> Tensor:
+    """silu(gate) * up of rows that hold gate and then up."""
+    rows, width = joined.shape[0], joined.shape[1] // 2
+    out = torch.empty(rows, width, dtype=joined.dtype)
+    gate = joined.data_ptr()
+    up = gate + width * joined.element_size()
+    _function("swiglu", joined.dtype)(gate, up, out.data_ptr(), rows, width, 2 * width)
     return out
 
 
@@ -199,3 +211,11 @@ def choose(logits: Tensor, temperature: Tensor, uniform: Tensor, valid: int) -> 
     pointers = (_at(t) for t in (logits, temperature, uniform, ids, logp))
     _function("choose", logits.dtype)(*pointers, *logits.shape, valid)
     return ids, logp
+
+
+def discounted_sums(x: Tensor, starts: Tensor, decay: float, tail: Tensor | None) -> Tensor:
+    """y_t = x_t + decay y_{t+1} inside each episode (starts: int64 offsets); y behind the last is tail, or 0; fp32."""
+    out = torch.empty_like(x)
+    pointers = (_at(t) for t in (x, starts, tail, out))
+    _function("discounted_sums", x.dtype)(*pointers, len(starts) - 1, decay)
+    return out

@@ -15,6 +15,7 @@ from upslope.models.ops import rotate
 from upslope.ragged import Ragged
 
 PLAIN_KEYS = 256  # up to here the plain product has the faster backward pass on a CPU; beyond, memory decides
+COMPILED_KEYS = 512  # and up to here the compiled kernels, which keep the weights for the backward pass
 
 
 class Layout:
@@ -114,8 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tensor, 
     """
     if layout.queries == 0:
         return q
-    short = layout.keys <= PLAIN_KEYS and q.device.type == "cpu"
-    if short and cpu.serve(q, k, v):
+    if layout.keys <= COMPILED_KEYS and cpu.serve(q, k, v):
         cos, sin = (None, None) if rope is None else rope
         compiled: Tensor = _Compiled.apply(q, k, v, cos, sin, layout)
         return compiled

@@ -18,6 +18,8 @@ class DecoderCache:
     """Keys and values (layers, slots, kv heads, capacity, d) and how many tokens each slot holds.
 
     Where the compiled kernels serve, keys stand in their blocks: (layers, slots, kv heads, capacity / 32, d, 32).
+    Beyond its tokens a slot holds zeros: what is masked there is multiplied by 0, and 0 times a nan that an earlier
+    sequence left would be a nan.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DecoderCache:
         used = -(-n // cpu.BLOCK) if self.compiled else n
         self.keys[:, target, :, :used] = self.keys[:, source, :, :used]
         self.values[:, target, :, :n] = self.values[:, source, :, :n]
+        self._forget(slice(None), target, n)
         self.length[target] = n
 
     def write(self, layer: int, slots: Sequence[int], keys: Tensor, values: Tensor) -> None:
@@ -65,6 +68,14 @@ class DecoderCache:
         for slot in slots:
             self.keys[layer, slot, :, :n_keys] = keys
             self.values[layer, slot, :, :n] = values
+            self._forget(layer, slot, n)
+
+    def _forget(self, layer: int | slice, slot: int, n: int) -> None:
+        """Zeros in the place of what a slot has held behind its first n tokens, up to its length so far."""
+        held = self.length[slot]
+        first, last = (-(-n // cpu.BLOCK), -(-held // cpu.BLOCK)) if self.compiled else (n, held)
+        self.keys[layer, slot, :, first:last] = 0
+        self.values[layer, slot, :, n:held] = 0
 
     def attend(
         self,

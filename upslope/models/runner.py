@@ -186,10 +186,10 @@ class DecoderRunner:
         x, h = self._add_norm(x, layer.o(mixed, layer.small["o_bias"]), layer.norms["mlp_norm"])
         h = layer.gate_up(h, layer.small["gate_up_bias"])
         if self.config.mlp == "gated":
-            gate, up = h.chunk(2, dim=-1)
             if self.config.activation == "silu" and cpu.serve(h):
-                h = cpu.swiglu(gate, up)
+                h = cpu.swiglu_joined(h)
             else:
+                gate, up = h.chunk(2, dim=-1)
                 h = ACTIVATIONS[self.config.activation](gate).mul_(up)
         else:
             h = ACTIVATIONS[self.config.activation](h)

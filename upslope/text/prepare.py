@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from upslope.algo.random import stream
 from upslope.errors import DataError
+from upslope.text.examples import Example, Examples, Pair, Pairs, Tokens
 from upslope.text.tokenizer import Tokenizer
 
 
@@ -48,28 +49,6 @@ class Account:
         parts = [f"{count} {reason} (first: row {self.first[reason]})" for reason, count in self.dropped.items()]
         tail = f"; dropped: {', '.join(parts)}" if parts else "; nothing dropped"
         return f"{self.kept} {self.unit} of {self.read}{tail}{self.extra}"
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids, which of them are learned, and the row they come from."""
-
-    ids: list[int]
-    trained: list[bool]
-    row: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two whole texts, the better one first, which share their first `prompt_length` tokens: the prompt.
-
-    margin: by how much the better one is better, where the data say so.
-    """
-
-    chosen: list[int]
-    rejected: list[int]
-    prompt_length: int = 0
-    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,31 +131,30 @@ def split(
     return {name: rows.select(indices) for name, indices in sides.items()}, account
 
 
-def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[list[Example], Account]:
+def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[Examples, Account]:
     """Whole texts, an EOS behind each; every token is learned."""
-    made = [[*tokenizer.encode(value), tokenizer.eos_id] for value in rows[text]]
-    return _fitting(made, [[True] * len(ids) for ids in made], max_tokens)
+    made = ([*tokenizer.encode(value), tokenizer.eos_id] for value in rows[text])
+    return _fitting(rows, ((ids, [True] * len(ids)) for ids in made), max_tokens)
 
 
 def completion_examples(
     rows: Dataset, tokenizer: Tokenizer, *, prompt: str, completion: str, max_tokens: int
-) -> tuple[list[Example], Account]:
+) -> tuple[Examples, Account]:
     """Prompt and completion; the completion and its EOS are learned."""
-    made, trained = [], []
-    for start, end in zip(rows[prompt], rows[completion], strict=True):
-        first = tokenizer.encode(start or "")
-        second = [*tokenizer.encode(end or "", special=False), tokenizer.eos_id]
-        made.append([*first, *second])
-        trained.append([False] * len(first) + [True] * len(second))
-    return _fitting(made, trained, max_tokens)
+
+    def made() -> Iterator[tuple[list[int], list[bool]]]:
+        for start, end in zip(rows[prompt], rows[completion], strict=True):
+            first = tokenizer.encode(start or "")
+            second = [*tokenizer.encode(end or "", special=False), tokenizer.eos_id]
+            yield [*first, *second], [False] * len(first) + [True] * len(second)
+
+    return _fitting(rows, made(), max_tokens)
 
 
-def chat_examples(
-    rows: Dataset, tokenizer: Tokenizer, *, messages: str, max_tokens: int
-) -> tuple[list[Example], Account]:
+def chat_examples(rows: Dataset, tokenizer: Tokenizer, *, messages: str, max_tokens: int) -> tuple[Examples, Account]:
     """Conversations; the assistant's turns and their ends are learned."""
-    made = [tokenizer.chat_example(turns) if _is_chat(turns) else ([], []) for turns in rows[messages]]
-    return _fitting([ids for ids, _ in made], [trained for _, trained in made], max_tokens)
+    made = (tokenizer.chat_example(turns) if _is_chat(turns) else ([], []) for turns in rows[messages])
+    return _fitting(rows, made, max_tokens)
 
 
 def pairs(
@@ -222,13 +200,13 @@ def pair_examples(
     prompt: str | None,
     max_tokens: int,
     margin: str | None = None,
-) -> tuple[list[Pair], Account]:
+) -> tuple[Pairs, Account]:
     """Pairs from columns, an EOS behind each text, the prompt in front of both.
 
     What is no text or no number is dropped, and pairs too long, with two equal sides, or with nothing to learn in one.
     """
     account = Account(len(rows), unit="pairs")
-    made: list[Pair] = []
+    made = Pairs()
     starts = rows[prompt] if prompt else [""] * len(rows)
     margins = rows[margin] if margin else [0.0] * len(rows)
     for i, (start, better, other, by) in enumerate(zip(starts, rows[chosen], rows[rejected], margins, strict=True)):
@@ -247,16 +225,16 @@ def pair_examples(
 
 def label_pairs(
     found: Sequence[tuple[int, int]], rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int
-) -> tuple[list[Pair], Account]:
+) -> tuple[Pairs, Account]:
     """Pairs of whole texts from (better row, other row), an EOS behind each; dropped as by `pair_examples`."""
     account = Account(len(found), unit="pairs")
-    texts = rows[text]
-    ids = {
-        row: [*tokenizer.encode(texts[row]), tokenizer.eos_id] for row in sorted({r for pair in found for r in pair})
-    }
-    made: list[Pair] = []
+    texts, tokens = rows[text], Tokens()
+    place = {row: n for n, row in enumerate(sorted({r for pair in found for r in pair}))}
+    for row in place:
+        tokens.append([*tokenizer.encode(texts[row]), tokenizer.eos_id])
+    made = Pairs()
     for better, other in found:
-        _add_pair(made, account, better, Pair(ids[better], ids[other]), max_tokens)
+        _add_pair(made, account, better, Pair(tokens[place[better]], tokens[place[other]]), max_tokens)
     return made, account.close(len(made))
 
 
@@ -308,12 +286,10 @@ def prompts(
     return made, account.close(len(made))
 
 
-def _fitting(
-    made: Sequence[list[int]], trained: Sequence[list[bool]], max_tokens: int
-) -> tuple[list[Example], Account]:
-    account = Account(len(made), unit="examples")
-    kept = []
-    for i, (ids, learned) in enumerate(zip(made, trained, strict=True)):
+def _fitting(rows: Dataset, made: Iterable[tuple[list[int], list[bool]]], max_tokens: int) -> tuple[Examples, Account]:
+    account = Account(len(rows), unit="examples")
+    kept = Examples()
+    for i, (ids, learned) in enumerate(made):
         if len(ids) > max_tokens:
             account.drop(f"longer than {max_tokens} tokens", i)
         elif not ids:
@@ -325,7 +301,7 @@ def _fitting(
     return kept, account.close(len(kept))
 
 
-def _add_pair(made: list[Pair], account: Account, row: int, pair: Pair, max_tokens: int) -> None:
+def _add_pair(made: Pairs, account: Account, row: int, pair: Pair, max_tokens: int) -> None:
     sides = (pair.chosen, pair.rejected)
     if pair.chosen == pair.rejected:
         account.drop("with two equal sides", row)

@@ -14,6 +14,7 @@ from upslope.config import Data
 from upslope.errors import DataError
 from upslope.sources import resolve
 from upslope.text import prepare
+from upslope.text.examples import Examples, Pairs
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.run import Run
@@ -42,7 +43,7 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
 
 
-def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
+def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     data = run.recipe.data
     if data.text:
         made = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
@@ -61,9 +62,7 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
     return examples
 
 
-def preference_pairs(
-    run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int
-) -> list[prepare.Pair]:
+def preference_pairs(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int) -> Pairs:
     """Pairs for a stage: from chosen and rejected columns, or whole texts from the labels of one group's rows."""
     data = run.recipe.data
     if data.chosen and data.rejected:

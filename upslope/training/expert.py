@@ -23,7 +23,8 @@ from upslope.errors import DataError, Interrupted
 from upslope.evaluate import Estimate, interval
 from upslope.models.trunk import Trunk
 from upslope.observe.events import read_events
-from upslope.text.prepare import Account, Example, Prompt
+from upslope.text.examples import Example
+from upslope.text.prepare import Account, Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.collect import generate
 from upslope.training.episode import Episode

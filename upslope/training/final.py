@@ -10,7 +10,7 @@ import torch
 
 from upslope.algo import token_logprobs
 from upslope.engine import Engine
-from upslope.evaluate import Estimate, Outcome, estimates, table_rows
+from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
 from upslope.models.open import make_runner
 from upslope.models.trunk import Trunk
 from upslope.text.prepare import Prompt
@@ -45,7 +45,7 @@ def evaluate_policies(
         engine = Engine(
             runner,
             eos_id=tokenizer.eos_id,
-            slots=rl.slots,
+            slots=run.recipe.limits.slots,
             seed=run.recipe.seed,
             text_of=tokenizer.decode,
             valid_vocab=tokenizer.vocab_size,
@@ -100,6 +100,7 @@ def record_comparison(
     """
     found = estimates(outcomes, seed=run.recipe.seed)
     note = f"{len(prompts)} held-out prompts, one completion each; value [95 % bootstrap interval over prompts]"
+    note += without_score(outcomes)
     run.record(
         "table",
         stage="eval",

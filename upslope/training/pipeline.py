@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from upslope.config import POLICY_STAGES, RL, Recipe, describe
+from upslope.config import POLICY_STAGES, Recipe, describe, source_name
 from upslope.engine import Engine
 from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
 from upslope.models.heads import ActorCritic, RewardModel
@@ -29,7 +29,7 @@ from upslope.training.probe import ProbeSource, probe_folder
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
-from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source, source_name
+from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source
 from upslope.training.start import begin
 from upslope.training.supervised import run_supervised
 
@@ -92,13 +92,9 @@ class Pipeline:
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
 
-    def limit(self, key: str) -> Any:
-        """A setting of [rl] that other stages share; its default where there is no [rl]."""
-        return getattr(self.recipe.rl, key) if self.recipe.rl else RL.model_fields[key].default
-
     def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
-        """A function of the user's in its worker process, under the limits of [rl]."""
-        seconds, gb = self.limit("timeout_s"), self.limit("memory_gb")
+        """A function of the user's in its worker process, under the recipe's limits."""
+        seconds, gb = self.recipe.limits.timeout_s, self.recipe.limits.memory_gb
         return FunctionSource(source, name, timeout_s=seconds, memory_gb=gb, should_stop=self.run.should_stop)
 
     def scorer(self, stage: str = "rl") -> Scorer:
@@ -108,8 +104,7 @@ class Pipeline:
         sources: list[Source] = []
         for name in rewards:
             if self.given.reward is not None and name == self.given.reward_name:
-                label = getattr(self.given.reward, "__name__", "reward")
-                sources.append(self.function_source(self.given.reward, label))
+                sources.append(self.function_source(self.given.reward, source_name(name)))
             elif name == "stage:reward":
                 model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
                 model.trunk.compute_dtype = self.run.dtype
@@ -121,7 +116,7 @@ class Pipeline:
         return Scorer(
             sources,
             list(rewards.values()),
-            self.limit("max_failures"),
+            self.recipe.limits.max_failures,
             partial(self.tokenizer.pieces, skip_special=True),
         )
 
@@ -243,7 +238,7 @@ def _rl(p: Pipeline) -> None:
     engine = Engine(
         make_runner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,
-        slots=rl.slots,
+        slots=p.recipe.limits.slots,
         seed=p.recipe.seed,
         text_of=p.tokenizer.decode,
         valid_vocab=p.tokenizer.vocab_size,
@@ -268,7 +263,7 @@ def _expert(p: Pipeline) -> None:
         engine = Engine(
             make_runner(policy, dtype=p.run.dtype),
             eos_id=p.tokenizer.eos_id,
-            slots=p.limit("slots"),
+            slots=p.recipe.limits.slots,
             seed=p.recipe.seed,
             text_of=p.tokenizer.decode,
             valid_vocab=p.tokenizer.vocab_size,

@@ -7,7 +7,8 @@ with both denominators those of the whole optimizer batch. Which L, and of which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from upslope.algo import reduce
 from upslope.errors import DataError
 from upslope.evaluate import Estimate, interval
-from upslope.text.prepare import Pair
+from upslope.text.examples import Pair
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, micro_batches
@@ -28,7 +29,7 @@ from upslope.training.update import Stats, StopAsked, learning_rate, make_optimi
 
 
 def run_pairs(
-    run: Run, cfg: PairConfig, learner: Learner, tokenizer: Tokenizer, train: list[Pair], valid: list[Pair]
+    run: Run, cfg: PairConfig, learner: Learner, tokenizer: Tokenizer, train: Sequence[Pair], valid: Sequence[Pair]
 ) -> dict[str, float]:
     """Learn from pairs, report the accuracy on unseen ones before and after, write STAGE/model.
 
@@ -37,7 +38,7 @@ def run_pairs(
     """
     stage = learner.stage
     held_out = valid[: cfg.eval_pairs]
-    _check_context([*train, *held_out], learner.trunk.config.context)
+    _check_context(chain(train, held_out), learner.trunk.config.context)
     freeze_lowest(learner.trunk, cfg.freeze_layers)
     state = RunState(stage, learner.model, make_optimizer(learner.model, cfg.optim))
     state.restore(run)
@@ -138,7 +139,7 @@ def record_accuracy(run: Run, stage: str, before: dict[str, float], after: dict[
     run.record("table", stage=stage, title=title, columns=["", "before", "after"], rows=rows, note=note)
 
 
-def _check_context(pairs: Sequence[Pair], context: int) -> None:
+def _check_context(pairs: Iterable[Pair], context: int) -> None:
     longest = max(len(side) for p in pairs for side in (p.chosen, p.rejected))
     if longest > context:
         raise DataError(

@@ -71,7 +71,8 @@ class ProbeSource:
             )
             hidden = self.encoder(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
-            parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+            real = hidden.masked_fill(mask == 0, 0.0)  # not hidden * mask: 0 times a pad's nan would be a nan
+            parts.append(torch.nn.functional.normalize(real.sum(1) / mask.sum(1), dim=-1))
         return torch.cat(parts)
 
     def _labelled(self, rows: Dataset, text: str, label: str, prefer: str) -> tuple[Tensor, Tensor]:

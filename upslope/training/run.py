@@ -33,7 +33,7 @@ from upslope.config import Recipe
 from upslope.errors import RunError
 from upslope.kernels import cpu
 from upslope.kernels.allocator import keep_freed_memory
-from upslope.observe.events import EventLog, read_events
+from upslope.observe.events import EventLog, finite, read_events
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
 from upslope.version import VERSION
@@ -95,7 +95,9 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def mark_done(self, stage: str, metrics: Mapping[str, Any]) -> None:
-        record = {"metrics": dict(metrics), "logs": self.log_sizes()}
+        bad: list[str] = []
+        record = {"metrics": finite(dict(metrics), "metrics", bad), "logs": self.log_sizes()}
+        record |= {"nonfinite": bad} if bad else {}
         atomic_write_text(self.stage_folder(stage) / "done.json", json.dumps(record, indent=1))
 
     def log_sizes(self) -> dict[str, int]:
@@ -177,7 +179,7 @@ class Run:
             return
         old = json.loads(path.read_text())
         changed = _differences(old, new)
-        changed = [c for c in changed if not c.startswith("checkpoint_minutes:")]
+        changed = [c for c in changed if not c.startswith(("checkpoint_minutes:", "limits."))]
         if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "start", ignore_errors=True)

@@ -1,6 +1,8 @@
 """Maximum likelihood on examples: the stages pretrain and sft.
 
-loss = - sum over trained tokens of log p(token | before) / number of trained tokens in the optimizer batch
+loss = - sum over trained tokens of log p(token | before) / number of those tokens in the optimizer batch
+
+The first token of an example is predicted by nothing: it is in neither the sum nor the number.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from upslope.algo import token_logprobs
 from upslope.config import Supervised
 from upslope.models.trunk import Trunk
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
@@ -30,8 +32,8 @@ def run_supervised(
     cfg: Supervised,
     model: Trunk,
     tokenizer: Tokenizer,
-    train: list[Example],
-    valid: list[Example],
+    train: Sequence[Example],
+    valid: Sequence[Example],
 ) -> dict[str, float]:
     """Fit the model, report the held-out loss before and after, write STAGE/model. Returns the closing metrics.
 
@@ -67,7 +69,7 @@ def run_supervised(
 
 def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[Example]) -> dict[str, float]:
     """One optimizer step on a batch of examples; its mean is over the trained tokens of the whole batch."""
-    trained = sum(sum(example.trained) for example in batch)
+    trained = sum(sum(example.trained[1:]) for example in batch)
     model = state.model
     assert isinstance(model, Trunk)
 

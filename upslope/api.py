@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,8 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
     tokenizer = Tokenizer.load(resolve(path))
     model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
+    if model.remark:
+        warnings.warn(f"{source}: {model.remark}", stacklevel=2)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(

@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "upslope").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES + BENCHMARKS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path):
     source = path.read_text()
     assert len(source.splitlines()) < 400
@@ -19,7 +20,7 @@ def test_files_and_functions_stay_small(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES + BENCHMARKS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_stand_at_the_top(path):
     if path.name in ("cli.py",) or path == ROOT / "upslope" / "__init__.py":
         return
@@ -31,7 +32,7 @@ def test_imports_stand_at_the_top(path):
 
 def test_every_public_function_says_what_it_does():
     silent = []
-    for path in FILES:
+    for path in FILES + BENCHMARKS:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
                 silent.append(f"{path.name}:{node.name}")

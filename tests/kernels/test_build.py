@@ -29,14 +29,15 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.library() is None
 
 
-@pytest.mark.parametrize(
-    "script", ["exit 1", "echo broken > /dev/null", 'echo no library > "$(echo $* | sed s/.*-o.//)"']
-)
+WRITES_NO_LIBRARY = 'for last; do :; done; test "$1" = --version || echo no library > "$last"'
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo broken > /dev/null", WRITES_NO_LIBRARY])
 def test_a_compiler_that_fails(script: str, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = a_compiler(tmp_path, script)
     monkeypatch.setattr(build.shutil, "which", lambda name: fake)
     assert build.library() is None
-    assert not list(empty_cache.glob("*.so")) or "no library" in script
+    assert not list(empty_cache.glob("*.so")) or script == WRITES_NO_LIBRARY
 
 
 @pytest.mark.skipif(build.shutil.which("g++") is None, reason="no C++ compiler here")

@@ -1,0 +1,1 @@
+"""What upslope does, measured: `python -m benchmarks.ours NAME`."""

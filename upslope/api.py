@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,8 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     tokenizer = Tokenizer.load(resolve(path), for_sources=model.needs_source)
     if model.labels:
         tokenizer = LabelTokenizer(tokenizer, model.labels)
+    if model.remark:
+        warnings.warn(f"{source}: {model.remark}", stacklevel=2)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(

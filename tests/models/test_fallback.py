@@ -23,7 +23,10 @@ def saved(config, folder, **changes):
     model = fallback(config, 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+            if parameter.ndim >= 2:
+                parameter.mul_(8.0)
+            else:
+                parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
     save_model(model, folder)
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | changes))
@@ -102,7 +105,9 @@ def test_a_run_by_a_class_of_transformers_says_so_once(tokenizer, rows, tmp_path
     assert said == [f"the model: {REMARK}"]
     start, end = load_file(model / "model.safetensors"), load_file(run / "rl" / "model" / "model.safetensors")
     assert start.keys() == end.keys() and any(not torch.equal(start[key], end[key]) for key in start)
-    assert len(upslope.load(run, dtype="fp32").generate(["a fine film"], max_tokens=3)) == 1
+    with pytest.warns(UserWarning, match=REMARK):
+        loaded = upslope.load(run, dtype="fp32")
+    assert len(loaded.generate(["a fine film"], max_tokens=3)) == 1
 
 
 def test_hidden_rows_of_a_prompt_come_from_the_pass_of_its_answer():

@@ -18,7 +18,7 @@ from tests.faults.machine import replace_section, where_and_when
 READ = """
 import json, resource, sys, threading, time
 from pathlib import Path
-from upslope.text import prepare
+from upslope.text import cleaning
 from upslope.text.rows import load_rows
 
 def held(what):
@@ -36,8 +36,8 @@ threading.Thread(target=watch).start()
 start = time.monotonic()
 rows = load_rows(Path(sys.argv[1]))
 read = time.monotonic() - start
-rows, account = prepare.clean(rows, text="text")
-sides, _ = prepare.split(rows, group=None, same="text", fractions={"train": 0.9, "test": 0.1}, seed=0)
+rows, account = cleaning.clean(rows, text="text")
+sides, _ = cleaning.split(rows, group=None, same="text", fractions={"train": 0.9, "test": 0.1}, seed=0)
 done.set()
 told = {"rows": account.kept, "read_s": read, "all_s": time.monotonic() - start}
 told |= {"before_mb": before, "grown_mb": most[0] - before}

@@ -10,10 +10,12 @@ from typing import Any
 from datasets import Dataset
 
 from upslope.algo.random import permutation
-from upslope.config import Data
+from upslope.config import Data, Task
+from upslope.config.recipe import PROMPT
 from upslope.errors import DataError
+from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
-from upslope.text import prepare
+from upslope.text import cleaning, prepare
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.run import Run
@@ -23,18 +25,28 @@ Splits = dict[str, Dataset]
 
 def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     """Read, clean and split the rows: train, valid, test. `rows` (a dataset or list) stands in for data.rows."""
+    task = run.recipe.task
     source = rows if rows is not None else resolve(data.rows)
-    table = load_rows(source, limit=data.limit)
+    table = cleaning.numbered(load_rows(source, limit=data.limit))
+    made = PROMPT if data.prompt == PROMPT else None
     columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
-    wanted = [c for c in [*columns, data.margin, data.group, *data.keep] if c]
+    columns += [*task.columns, task.reference, task.source, data.margin, data.group, *data.keep]
     name = data.rows if rows is None else "the rows given"
-    require_columns(table, wanted, name)
-    table, account = prepare.clean(
-        table, text=data.text, min_chars=data.min_chars, max_chars=data.max_chars, keep=data.keep
+    require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
+    required = [*task.columns, *([task.reference] if task.reference else [])]
+    table, account = cleaning.clean(
+        table,
+        text=data.text or (task.source_column if made else None),
+        min_chars=data.min_chars,
+        max_chars=data.max_chars,
+        keep=data.keep,
+        required=list(dict.fromkeys(required)),
+        equal=() if data.text else required,
     )
     run.account(f"rows: {account}")
+    table = with_task(table, task, name)
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
-    splits, account = prepare.split(
+    splits, account = cleaning.split(
         table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt
     )
     run.account(f"split: {account}")
@@ -42,15 +54,41 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
 
 
+def with_task(table: Dataset, task: Task, name: str) -> Dataset:
+    """The rows with their prompts by the task's template and their references in columns of known names.
+
+    Raises DataError where the rows have a column of such a name already, which is another.
+    """
+    added: dict[str, list[Any]] = {}
+    if task.prompt:
+        parts = [table[column] for column in task.columns]
+        added[PROMPT] = [
+            task.prompt.format(**dict(zip(task.columns, row, strict=True))) for row in zip(*parts, strict=True)
+        ]
+    if task.reference and task.reference != REFERENCE:
+        added[REFERENCE] = [_as_text(value) for value in table[task.reference]]
+    for column, values in added.items():
+        if column in table.column_names:
+            raise DataError(f"{name} has a column {column!r}, which [task] makes", "rename it, or name it in [task]")
+        table = table.add_column(column, values)
+    return table
+
+
+def _as_text(value: Any) -> str | list[str]:
+    """A reference as a text, or as the list of the several that it is."""
+    return [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
 def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
-    data = run.recipe.data
+    data, reference = run.recipe.data, run.recipe.task.reference
     if data.text:
         made = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     elif data.messages:
         made = prepare.chat_examples(rows, tokenizer, messages=data.messages, max_tokens=data.max_tokens)
     elif data.prompt and data.completion:
+        completion = REFERENCE if data.completion == reference else data.completion
         made = prepare.completion_examples(
-            rows, tokenizer, prompt=data.prompt, completion=data.completion, max_tokens=data.max_tokens
+            rows, tokenizer, prompt=data.prompt, completion=completion, max_tokens=data.max_tokens
         )
     else:
         raise DataError(

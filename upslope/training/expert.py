@@ -23,7 +23,8 @@ from upslope.errors import DataError, Interrupted
 from upslope.evaluate import Estimate, interval
 from upslope.models.decoder import Decoder
 from upslope.observe.events import read_events
-from upslope.text.prepare import Account, Example, Prompt
+from upslope.text.cleaning import Account
+from upslope.text.prepare import Example, Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.collect import generate
 from upslope.training.episode import Episode

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from upslope.config import POLICY_STAGES, RL, Recipe, describe
+from upslope.config.metrics import METRICS
 from upslope.engine import Engine
 from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
 from upslope.models.decoder import Decoder
@@ -18,15 +19,18 @@ from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.hf import load_decoder
 from upslope.models.runner import DecoderRunner
 from upslope.observe.report import write_report
+from upslope.rewards.language import language
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
+from upslope.training.encoder import encoder_folder
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.export import load_reward_model
 from upslope.training.final import evaluate_policies, record_comparison
+from upslope.training.judges import LikelihoodSource, SimilaritySource
 from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
 from upslope.training.preference import run_pairs
-from upslope.training.probe import ProbeSource, probe_folder
+from upslope.training.probe import ProbeSource
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
@@ -93,6 +97,29 @@ class Pipeline:
         """A setting of [rl] that other stages share; its default where there is no [rl]."""
         return getattr(self.recipe.rl, key) if self.recipe.rl else RL.model_fields[key].default
 
+    def source(self, name: str, stage: str) -> Source:
+        """What a name in the recipe stands for: a metric, a model, a function of the user's (config/metrics.py)."""
+        label, (word, _, argument) = source_name(name), name.partition(":")
+        optim = getattr(getattr(self.recipe, stage), "optim", self.recipe.optim)
+        budget, stop = optim.micro_tokens, self.run.should_stop
+        if self.given.reward is not None and name == self.given.reward_name:
+            return self.function_source(self.given.reward, getattr(self.given.reward, "__name__", "reward"))
+        if word == "stage":
+            model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
+            model.trunk.compute_dtype = self.run.dtype
+            model.to(self.run.device).requires_grad_(False)
+            return LearnedSource(label, model, self.tokenizer.eos_id, budget, stop)
+        if word == "likelihood":
+            judge = load_decoder(resolve(argument), dtype=self.run.dtype)
+            judge.compute_dtype = self.run.dtype
+            judge.to(self.run.device)
+            return LikelihoodSource(label, judge, Tokenizer.load(resolve(argument)), budget, stop)
+        if word == "language":
+            return self.function_source(partial(language, code=argument), label)
+        if name == "similarity":
+            return SimilaritySource(label)
+        return self.function_source(METRICS[name].source or name if name in METRICS else name, label)
+
     def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
         """A function of the user's in its worker process, under the limits of [rl]."""
         seconds, gb = self.limit("timeout_s"), self.limit("memory_gb")
@@ -102,21 +129,8 @@ class Pipeline:
         """The rewards of [rl] or [expert], by weight."""
         rl = self.recipe.rl
         rewards = self.recipe.expert_rewards if stage == "expert" else rl.rewards if rl else {}
-        sources: list[Source] = []
-        for name in rewards:
-            if self.given.reward is not None and name == self.given.reward_name:
-                label = getattr(self.given.reward, "__name__", "reward")
-                sources.append(self.function_source(self.given.reward, label))
-            elif name == "stage:reward":
-                model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
-                model.trunk.compute_dtype = self.run.dtype
-                model.to(self.run.device).requires_grad_(False)
-                budget, stop = getattr(self.recipe, stage).optim.micro_tokens, self.run.should_stop
-                sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, budget, stop))
-            else:
-                sources.append(self.function_source(name, source_name(name)))
         return Scorer(
-            sources,
+            [self.source(name, stage) for name in rewards],
             list(rewards.values()),
             self.limit("max_failures"),
             partial(self.tokenizer.pieces, skip_special=True),
@@ -321,8 +335,8 @@ def _judges(p: Pipeline) -> Scorer:
     """The recipe's judges and, where its encoder is installed and rows have labels, the probe."""
     data, rl = p.recipe.data, p.recipe.rl
     assert rl is not None
-    sources: list[Source] = [p.function_source(judge, source_name(judge)) for judge in p.recipe.eval.judges]
-    folder = probe_folder()
+    sources: list[Source] = [p.source(judge, "eval") for judge in p.recipe.eval.judges]
+    folder = encoder_folder()
     if folder is not None and data.text and data.label and data.prefer:
         train, held_out = p.splits["train"], _held_out(p.splits)
         columns = {"text": data.text, "label": data.label, "prefer": data.prefer}

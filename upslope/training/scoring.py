@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upslope.config.metrics import WORDS
 from upslope.errors import RecipeError, RewardError
 from upslope.models.heads import RewardModel
 from upslope.rewards.functions import FunctionReward
@@ -134,5 +135,8 @@ class Scorer:
 
 
 def source_name(source: str) -> str:
-    """The short name of a reward: `learned` for a stage's model, else the function's own name."""
-    return "learned" if source.startswith("stage:") else source.rpartition(":")[2]
+    """The short name of a score: a metric's, `learned` for a stage's model, else the function's own name."""
+    word, colon, argument = source.partition(":")
+    if word in WORDS and colon:
+        return {"stage": "learned", "likelihood": "likelihood"}.get(word, f"{word}_{argument}")
+    return source.rpartition(":")[2]

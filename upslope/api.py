@@ -13,9 +13,8 @@ import torch
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
 from upslope.errors import ModelError
-from upslope.models.decoder import Decoder
-from upslope.models.hf import load_decoder, save_decoder
-from upslope.models.runner import DecoderRunner
+from upslope.models.open import load_model, make_runner, save_model
+from upslope.models.trunk import Trunk
 from upslope.observe.compare import as_json
 from upslope.observe.compare import compare as compare_folders
 from upslope.sources import resolve
@@ -92,7 +91,7 @@ def compare(*runs: str | Path, out: str | Path | None = None) -> dict[str, Any]:
 class LoadedModel:
     """A model with its tokenizer, ready to generate."""
 
-    model: Decoder
+    model: Trunk
     tokenizer: Tokenizer
     engine: Engine
     source: str
@@ -136,7 +135,7 @@ class LoadedModel:
         """Write Hugging Face layout: weights, configuration, tokenizer."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        save_decoder(self.model, path)
+        save_model(self.model, path)
         self.tokenizer.save(path)
         return path
 
@@ -147,11 +146,11 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
     tokenizer = Tokenizer.load(resolve(path))
-    model = load_decoder(resolve(path), dtype=chosen).requires_grad_(False)
+    model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(
-        DecoderRunner(model, dtype=chosen),
+        make_runner(model, dtype=chosen),
         eos_id=tokenizer.eos_id,
         slots=slots,
         seed=0,

@@ -23,8 +23,7 @@ import torch
 
 from tests.faults.outcome import digest
 from upslope.engine import Engine
-from upslope.models.decoder import Decoder
-from upslope.models.runner import DecoderRunner
+from upslope.models import open as open_module
 from upslope.observe.terminal import Terminal
 from upslope.training import state as state_module
 from upslope.training.scoring import FunctionSource, LearnedSource
@@ -153,8 +152,10 @@ def beside(folder: str | Path, name: str) -> Path:
 
 def install(injector: Injector) -> None:
     """Wrap the program. For the life of this process: it is one that was started for one run."""
-    _wrap(DecoderRunner, "prefill", injector.within("generation"))
-    _wrap(DecoderRunner, "step", injector.within("generation"))
+    for kind in open_module.KINDS.values():
+        _wrap(kind.runner, "prefill", injector.within("generation"))
+        _wrap(kind.runner, "step", injector.within("generation"))
+        _wrap(kind.trunk, "hidden", lambda inner: _forward_passes(injector, inner))
     _wrap(Engine, "load", injector.within("generation"))
     _wrap(FunctionSource, "__call__", injector.within("rewards"))
     _wrap(LearnedSource, "__call__", injector.within("rewards"))
@@ -164,7 +165,6 @@ def install(injector: Injector) -> None:
     _wrap(RunState, "restore", injector.within("stages"))
     _wrap(RunState, "finish", lambda inner: injector.within("stages")(_noting_state(injector, inner)))
     _wrap(Terminal, "stage", lambda inner: _stage_changes(injector, inner))
-    _wrap(Decoder, "hidden", lambda inner: _forward_passes(injector, inner))
     _wrap(pathlib.Path, "open", lambda inner: _torn_files(injector, inner))
     _wrap(os, "fsync", lambda inner: _syncs(injector, inner))
     sys.addaudithook(lambda name, arguments: _file_operation(injector, name, arguments))

@@ -60,6 +60,10 @@ STRIKES = [
     ("expert", "generation", 0.6, "sigterm"),
     ("expert", "rewards", 0.5, "reward"),
     ("expert", "update", 0.6, "sigkill"),
+    ("scratch-decoder", "files", 0.08, "sigkill"),
+    ("scratch-decoder", "files", 0.1, "full-disk"),
+    ("scratch-lstm", "log-probs", 0.8, "sigkill"),
+    ("scratch-lstm", "update", 0.6, "sigterm"),
 ]
 
 

@@ -54,7 +54,13 @@ STAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "kto": ("preference", {"loss": "kto", "steps": 3, "batch": 4}),
     "expert": ("expert", {"steps": 3, "batch": 4, "prompts": 8, "samples": 3, "max_tokens": 8}),
 }
-VARIANTS = (*LONG, *ALGORITHMS, *STAGES)
+# One stage and rl by a function's reward, from scratch: name -> the table [model]
+SHAPE = {"width": 16, "layers": 2, "context": 64, "vocab": 300}
+SCRATCH: Mapping[str, dict[str, Any]] = {
+    "scratch-decoder": SHAPE | {"kind": "decoder", "heads": 4},
+    "scratch-lstm": SHAPE | {"kind": "lstm"},
+}
+VARIANTS = (*LONG, *ALGORITHMS, *STAGES, *SCRATCH)
 
 
 def recipe_of(variant: str, model: Path, work: Path) -> dict[str, Any]:
@@ -66,6 +72,11 @@ def recipe_of(variant: str, model: Path, work: Path) -> dict[str, Any]:
     score = f"{work}/reward.py:score"
     if variant in LONG:
         recipe["rl"] |= {"reward": {"stage:reward": 1.0, score: 0.1}, "steps": 2, **LONG[variant]}
+        return recipe
+    if variant in SCRATCH:
+        del recipe["reward"]
+        recipe["model"] = SCRATCH[variant]
+        recipe["rl"] |= {"reward": score, "steps": 2, "critic": "separate", "value_loss": "huber"}
         return recipe
     del recipe["sft"], recipe["reward"], recipe["rl"]
     if variant in STAGES:

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from upslope.config import load_recipe
+from upslope.config import Scratch, load_recipe
 from upslope.engine import Engine
-from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.heads import ActorCritic
-from upslope.models.runner import DecoderRunner
+from upslope.models.open import make_runner, new_model
+from upslope.models.trunk import Trunk
 from upslope.observe.events import read_events
 from upslope.ragged import Ragged
 from upslope.rewards.types import RewardOutput
@@ -34,9 +34,10 @@ from upslope.training.scoring import Scorer
 EOS, SYMBOLS = 0, (1, 2, 3, 4)
 RATE = 4e-3  # learning rate of a rollout's only optimizer step
 MAX_KL = 0.05  # nats a token, beyond which a rollout is used no further; the trust region has its own, harder bound
-SHAPE = DecoderConfig(
-    vocab_size=5, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64, context=16, tied=False
-)
+KINDS = {
+    "decoder": Scratch(width=32, layers=2, heads=4, kv_heads=2, ffn_width=64, context=16, tied=False),
+    "lstm": Scratch(kind="lstm", width=32, layers=1, context=16, tied=False),
+}
 
 # algorithm or variant -> what its recipe says beyond the algorithm's row
 VARIANTS = {
@@ -133,9 +134,9 @@ class Outcome:
     rollouts: int
 
 
-def teacher(task: Task) -> Decoder:
+def teacher(task: Task, kind: str) -> Trunk:
     """A model that knows the answers, by likelihood."""
-    model = Decoder(SHAPE).init_weights(99)
+    model = new_model(KINDS[kind], 5, 99)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     batch = Ragged.of([[*p, *task.answer(list(p))] for p in task.prompts])
     learned = torch.nonzero(batch.previous >= 0).squeeze(1)
@@ -175,24 +176,25 @@ def recipe_of(variant: str, task: Task, seed: int, steps: int):
     return load_recipe(table, changes)
 
 
-def learn(variant: str, task: Task, seed: int, steps: int) -> Outcome:
+def learn(variant: str, task: Task, seed: int, steps: int, kind: str = "decoder") -> Outcome:
     """One run from random weights."""
+    shape = KINDS[kind]
     recipe = recipe_of(variant, task, seed, steps)
     rl = recipe.rl
     assert rl is not None
     start = time.perf_counter()
-    policy = Decoder(SHAPE).init_weights(seed)
-    trunk = Decoder(SHAPE).init_weights(seed + 1) if rl.critic == "separate" else None
-    frozen = Decoder(SHAPE).init_weights(seed).requires_grad_(False)
-    reference = teacher(task) if rl.teacher else frozen
-    mask = Decoder(SHAPE).init_weights(seed).requires_grad_(False) if rl.mask_every else None
+    policy = new_model(shape, 5, seed)
+    trunk = new_model(shape, 5, seed + 1) if rl.critic == "separate" else None
+    frozen = new_model(shape, 5, seed).requires_grad_(False)
+    reference = teacher(task, kind) if rl.teacher else frozen
+    mask = new_model(shape, 5, seed).requires_grad_(False) if rl.mask_every else None
     symbols = Symbols()
     engine = Engine(
-        DecoderRunner(policy, dtype=torch.float32),
+        make_runner(policy, dtype=torch.float32),
         eos_id=EOS,
         slots=rl.slots,
         seed=seed,
-        mask_runner=DecoderRunner(policy, dtype=torch.float32) if rl.mask_every > 1 else None,
+        mask_runner=make_runner(policy, dtype=torch.float32) if rl.mask_every > 1 else None,
     )
     prompts = [Prompt(list(p), symbols.decode(list(p)), {}) for p in task.prompts]
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):

@@ -11,15 +11,17 @@ from tests.conftest import tiny_decoder
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import load_recipe
 from upslope.errors import DataError, Interrupted, RecipeError
+from upslope.models.decoder import Decoder
 from upslope.models.heads import RewardModel
 from upslope.observe.events import read_events
 from upslope.ragged import Ragged
-from upslope.text.prepare import Pair
+from upslope.text.prepare import Example, Pair
 from upslope.training import preference
-from upslope.training.pairs import OBJECTIVES, PolicyLearner, RewardLearner, lay_out_pairs, pair_logprobs
+from upslope.training.pairs import OBJECTIVES, PolicyLearner, RewardLearner, lay_out_pairs, pair_logprobs, score_texts
 from upslope.training.preference import pair_step
 from upslope.training.reference import mismatched, remember
 from upslope.training.state import RunState
+from upslope.training.supervised import example_logprobs
 from upslope.training.update import StopAsked
 
 PROMPTS = [[3, 1], [6], [9, 7, 9, 2], [], [4, 4, 4]]
@@ -112,6 +114,37 @@ def test_a_shared_prompt_is_laid_out_once():
     batch, sides = lay_out_pairs(PAIRS)
     assert batch.tokens == sum(len(p.chosen) + len(p.rejected) - p.prompt_length for p in PAIRS)
     assert [batch.sequence(s) for s in sides] == [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS]
+
+
+def test_for_a_kind_that_needs_a_source_every_side_has_a_parent():
+    pairs = [*PAIRS, Pair([1, 2, 3], [1, 4]), Pair([5, 6], [7, 8, 9])]
+    batch, sides = lay_out_pairs(pairs, needs_source=True)
+    assert [batch.sequence(s) for s in sides] == [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    assert all(batch.parent[s] >= 0 for s in sides)
+    last = [batch.sequence(batch.parent[s]) for s in (sides[len(pairs) - 1], sides[-1])]
+    assert last == [[5], [7]]  # no prompt, other first tokens
+    assert batch.parent[sides[len(pairs) - 2]] == batch.parent[sides[-2]]  # no prompt, the same first token
+
+
+def test_a_prompt_as_a_parent_changes_no_loss_where_a_model_reads_both_ways_alike():
+    class Apart(Decoder):
+        needs_source = True
+
+    examples = [Example([3, 1, 4, 1, 5], [False, False, True, True, True], 0), Example([9, 2, 6], [True] * 3, 1)]
+    plain = tiny_decoder(scale=3.0)
+    apart = Apart(plain.config)
+    apart.load_state_dict(plain.state_dict())
+    found = [
+        torch.cat((example_logprobs(model, examples), *pair_logprobs(model, [*PAIRS, Pair([5, 6], [7, 8, 9])])))
+        for model in (plain, apart)
+    ]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    texts, prompts = [e.ids for e in examples], [2, 0]
+    judges = [RewardModel(plain), RewardModel(apart)]
+    for judge in judges:
+        judge.head.weight.data.fill_(1.0)
+    scores = [score_texts(judge, texts, prompts, 64, lambda: False) for judge in judges]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and scores[0].std() > 0.1
 
 
 def test_c1_c2_c12_c48_log_probabilities_and_gradients_are_of_completions_alone_by_brute_force():

@@ -66,6 +66,17 @@ def test_prompts_that_are_shared_are_laid_out_once():
     assert states == [e.ids[a - 1] for e in EPISODES for a in e.actions]
 
 
+def test_for_a_kind_that_needs_a_source_every_prompt_is_a_parent():
+    batch, action_A = lay_out(EPISODES, needs_source=True)
+    alone = lay_out(EPISODES)[0].parent.count(-1)
+    rows = [b for b, p in enumerate(batch.parent) if p >= 0]
+    assert len(rows) == len(EPISODES) and batch.parent.count(-1) == alone
+    assert {b for b in batch.parent if b >= 0} == set(range(len(batch))) - set(rows)
+    assert batch.ids_N[action_A].tolist() == [t for e in EPISODES for t in e.ids[e.prompt_length :]]
+    states = batch.ids_N[batch.previous[action_A]].tolist()
+    assert states == [e.ids[a - 1] for e in EPISODES for a in e.actions]
+
+
 def test_the_rewards_of_a_rollout_by_hand():
     rl = rl_of(gamma=1.0, lam=1.0, scale="none")
     model = model_of()

@@ -10,7 +10,7 @@ from upslope.config.load import describe, find_recipe, load_recipe, read_recipe,
 from upslope.config.presets import PRESETS
 from upslope.config.recipe import POLICY_STAGES, STAGES, Recipe
 from upslope.config.rl import RL, Trust
-from upslope.config.tables import Data, Evaluation, Expert, Optim, Preference, RewardModel, Supervised, Task
+from upslope.config.tables import Data, Evaluation, Expert, Optim, Preference, RewardModel, Scratch, Supervised, Task
 
 __all__ = [
     "POLICY_STAGES",
@@ -24,6 +24,7 @@ __all__ = [
     "Preference",
     "Recipe",
     "RewardModel",
+    "Scratch",
     "Supervised",
     "Task",
     "Trust",

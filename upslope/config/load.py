@@ -181,13 +181,13 @@ def _explain(error: ValidationError) -> tuple[str, str]:
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (part in {"str", "int"} or "[" in part or "constrained" in part)
+    return isinstance(part, str) and (part in {"str", "int", "table"} or "[" in part or "constrained" in part)
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
-    for part in location:
+    for part in (p for p in location if not _is_union_tag(p)):
         annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
+        options = [annotation, *(getattr(o, "__origin__", o) for o in getattr(annotation, "__args__", ()))]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(model.model_fields)

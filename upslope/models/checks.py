@@ -23,12 +23,19 @@ LIMITS = {
 }
 
 
+def check_field(name: str, value: object, where: Path) -> None:
+    """Raise ModelError for a number that is none of its kind; what has no limit in the table is a bool."""
+    limit = LIMITS.get(name)
+    if limit is None and not isinstance(value, bool):
+        raise _wrong(where, name, value, "true or false")
+    if limit and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit):
+        raise _wrong(where, name, value, f"a whole number from 1 to {limit}")
+
+
 def check_numbers(config: DecoderConfig, where: Path) -> None:
     """Raise ModelError for the first number that cannot be."""
-    for name, limit in LIMITS.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise _wrong(where, name, value, f"a whole number from 1 to {limit}")
+    for name in LIMITS:
+        check_field(name, getattr(config, name), where)
     for name in ("norm_eps", "rope_base"):
         value = getattr(config, name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from upslope.errors import ModelError
 from upslope.models.attention import Layout, attend
 from upslope.models.ops import RMSNorm, SwiGLU, rotate
+from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -127,8 +128,10 @@ def position_heads(block: Block, q: Tensor, k: Tensor, rope: tuple[Tensor, Tenso
     return (q, k) if rope is None else (rotate(q, *rope), rotate(k, *rope))
 
 
-class Decoder(nn.Module):
+class Decoder(Trunk):
     """A causal language model over ragged batches."""
+
+    config: DecoderConfig
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What stands on a decoder: a scalar head, a reward model, and a policy with its critic."""
+"""What stands on a trunk of any kind: a scalar head, a reward model, and a policy with its critic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from upslope.algo import cut_logprobs, token_logprobs
 from upslope.errors import ModelError
-from upslope.models.decoder import Decoder
+from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 
 CRITICS = ("none", "shared", "detached", "separate")
@@ -29,12 +29,12 @@ class ScalarHead(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A decoder with a scalar head at the last token of each sequence: score_B = (head(hidden) - mean) / std.
+    """A trunk with a scalar head at the last token of each sequence: score_B = (head(hidden) - mean) / std.
 
     Lengths say which token is last. mean and std are 0 and 1 until `set_scale` fixes them.
     """
 
-    def __init__(self, trunk: Decoder) -> None:
+    def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = ScalarHead(trunk.config.width)
@@ -70,7 +70,7 @@ class TokenScores:
 class Cut:
     """What a sampler's distribution is cut by: the top_k and top_p of a frozen model's own distribution."""
 
-    model: Decoder
+    model: Trunk
     top_k: int
     top_p: float
 
@@ -79,7 +79,7 @@ class ActorCritic(nn.Module):
     """A policy and its critic: none, a head on the policy's trunk (shared), the same without gradients into the
     trunk (detached), or a head on a trunk of its own (separate)."""
 
-    def __init__(self, policy: Decoder, critic: str, critic_trunk: Decoder | None = None) -> None:
+    def __init__(self, policy: Trunk, critic: str, critic_trunk: Trunk | None = None) -> None:
         super().__init__()
         if critic not in CRITICS or (critic == "separate") != (critic_trunk is not None):
             raise ModelError(

@@ -114,7 +114,7 @@ class DecoderRunner:
             parts += [(10 * number + k, w) for k, w in enumerate((layer.qkv, layer.gate_up, layer.o, layer.down))]
             parts += [(10 * number + 4, w) for pair in layer.norms.values() for w in pair]
             parts += [(10 * number + 5, bias) for bias in layer.small.values()]
-        return _sum_of_words(parts)
+        return sum_of_words(parts)
 
     def checksum_of(self, model: Decoder) -> str:
         """The checksum that this runner has when a model's present weights have reached it."""
@@ -251,10 +251,10 @@ def model_checksum(model: Decoder, dtype: torch.dtype) -> str:
             assert isinstance(module, nn.Linear)
             parts.append((10 * number + place, module.weight.to(dtype)))
             parts.append((10 * number + 5, None if module.bias is None else module.bias.to(dtype)))
-    return _sum_of_words(parts)
+    return sum_of_words(parts)
 
 
-def _sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
+def sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
     total = 0
     for place, weight in parts:
         if weight is not None:

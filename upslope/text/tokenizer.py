@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, logging
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from upslope.errors import DataError
+
+BOS, EOS = "<|begin|>", "<|end|>"  # of a tokenizer that is trained here
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 class Tokenizer:
@@ -122,3 +130,25 @@ class Tokenizer:
         except Exception as error:  # a template raises what its author wrote
             raise DataError(f"the chat template refuses these messages: {error}", "check roles and order") from None
         return text
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab` tokens, learned from texts.
+
+    All 256 bytes are tokens, so that no text is unknown; the other two are the BOS that stands in front of a text and
+    the EOS that ends it. There is no pad. Few or short texts give fewer tokens.
+    """
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, raw.token_to_id(BOS))])
+    inner = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BOS, eos_token=EOS)
+    inner.chat_template = CHAT_TEMPLATE
+    return Tokenizer(inner, "the recipe's rows")

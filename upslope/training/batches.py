@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from upslope.algo.random import permutation
+from upslope.ragged import Ragged
 
 
 def batch_indices(items: int, batch: int, step: int, *key: int | str) -> list[int]:
@@ -49,3 +53,22 @@ def micro_batches(lengths: Sequence[int], budget: int, groups: Sequence[int] | N
         parts[-1].append(i)
         tokens += lengths[i]
     return parts
+
+
+def lay_out_texts(texts: Sequence[Sequence[int]], prompts: Sequence[int], needs_source: bool) -> tuple[Ragged, Tensor]:
+    """Texts as sequences, in order, and where each of their tokens stands in the batch, text by text.
+
+    prompts: how many tokens of each text are its prompt. For a model kind that needs_source the prompt becomes the
+    text's parent (its first token, where it has no prompt): all of these stand before the rows of the texts.
+    """
+    lengths = torch.tensor([len(text) for text in texts])
+    if not needs_source:
+        return Ragged.of(texts), torch.arange(int(lengths.sum()))
+    cuts = torch.tensor([max(1, prompt) for prompt in prompts])
+    sources = [text[:cut] for text, cut in zip(texts, cuts.tolist(), strict=True)]
+    rest = [text[cut:] for text, cut in zip(texts, cuts.tolist(), strict=True)]
+    batch = Ragged.of([*sources, *rest], [*[-1] * len(texts), *range(len(texts))])
+    starts = torch.tensor(batch.starts[:-1])
+    column = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    cut, source, own = (x.repeat_interleave(lengths) for x in (cuts, starts[: len(texts)], starts[len(texts) :]))
+    return batch, torch.where(column < cut, source + column, own + column - cut)

@@ -52,10 +52,11 @@ class Episode:
         return asdict(self)
 
 
-def lay_out(episodes: Sequence[Episode]) -> tuple[Ragged, Tensor]:
+def lay_out(episodes: Sequence[Episode], needs_source: bool = False) -> tuple[Ragged, Tensor]:
     """The ragged batch of some episodes and the places of their actions in it, episode by episode.
 
-    Where several of them share a prompt it becomes their common parent and is computed once.
+    Where several of them share a prompt it becomes their common parent and is computed once; for a model kind that
+    needs_source every prompt is a parent.
     """
     sharing: dict[tuple[int, ...], list[int]] = {}
     for e, episode in enumerate(episodes):
@@ -65,7 +66,7 @@ def lay_out(episodes: Sequence[Episode]) -> tuple[Ragged, Tensor]:
     place = [(0, 0)] * len(episodes)  # episode -> (its sequence, tokens of it that stand in the parent)
     for members in sharing.values():
         parent = -1
-        shared = episodes[members[0]].prompt_length if len(members) > 1 else 0
+        shared = episodes[members[0]].prompt_length if needs_source or len(members) > 1 else 0
         if shared:
             parent = len(sequences)
             sequences.append(episodes[members[0]].ids[:shared])

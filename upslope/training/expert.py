@@ -21,7 +21,7 @@ from upslope.config import Expert, Supervised
 from upslope.engine import Engine, Sampling
 from upslope.errors import DataError, Interrupted
 from upslope.evaluate import Estimate, interval
-from upslope.models.decoder import Decoder
+from upslope.models.trunk import Trunk
 from upslope.observe.events import read_events
 from upslope.text.cleaning import Account
 from upslope.text.prepare import Example, Prompt
@@ -112,7 +112,7 @@ def best_of(scores: Sequence[float], n: int) -> float:
 def run_expert(
     run: Run,
     cfg: Expert,
-    model: Decoder,
+    model: Trunk,
     tokenizer: Tokenizer,
     episodes: Sequence[Episode],
     prompts: int,

@@ -13,29 +13,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from upslope.errors import ModelError, RunError
-from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, RewardModel
-from upslope.models.hf import load_decoder, save_decoder
+from upslope.models.open import load_model, save_model
+from upslope.models.trunk import Trunk
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.run import Run
 
 
-def export_policy(run: Run, stage: str, model: Decoder | ActorCritic, tokenizer: Tokenizer) -> Path:
+def export_policy(run: Run, stage: str, model: Trunk | ActorCritic, tokenizer: Tokenizer) -> Path:
     """Write STAGE/model; a critic goes beside it, as STAGE/critic.safetensors."""
     policy = model.policy if isinstance(model, ActorCritic) else model
-    with _writing(run.stage_folder(stage)):
+    with writing(run.stage_folder(stage)):
         if isinstance(model, ActorCritic):
             critic = {n: t.contiguous() for n, t in model.state_dict().items() if not n.startswith("policy.")}
             if critic:
                 save_file(critic, run.stage_folder(stage) / "critic.safetensors")
-        return _replace_folder(run.stage_folder(stage) / "model", policy, tokenizer)
+        return write_model(run.stage_folder(stage) / "model", policy, tokenizer)
 
 
 def export_reward_model(run: Run, stage: str, model: RewardModel, tokenizer: Tokenizer) -> Path:
     """Write STAGE/model: the trunk in Hugging Face layout, the scalar head and its scale beside it."""
     head = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if not name.startswith("trunk.")}
-    with _writing(run.stage_folder(stage)):
-        folder = _replace_folder(run.stage_folder(stage) / "model", model.trunk, tokenizer)
+    with writing(run.stage_folder(stage)):
+        folder = write_model(run.stage_folder(stage) / "model", model.trunk, tokenizer)
         save_file(head, folder / "reward_head.safetensors")
         return folder
 
@@ -45,7 +45,7 @@ def load_reward_model(folder: Path, *, dtype: torch.dtype) -> RewardModel:
     path = folder / "reward_head.safetensors"
     if not path.is_file():
         raise ModelError(f"{folder} is not a reward model: it has no {path.name}", "name a reward stage's model folder")
-    model = RewardModel(load_decoder(folder, dtype=dtype))
+    model = RewardModel(load_model(folder, dtype=dtype))
     try:
         head = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -58,7 +58,7 @@ def load_reward_model(folder: Path, *, dtype: torch.dtype) -> RewardModel:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """What the disk refuses is one line; the checkpoint before it still stands."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +70,12 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _replace_folder(folder: Path, model: Decoder, tokenizer: Tokenizer) -> Path:
+def write_model(folder: Path, model: Trunk, tokenizer: Tokenizer) -> Path:
+    """Write a model's folder beside its place, then let it take it."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_decoder(model, partial)
+    save_model(model, partial)
     tokenizer.save(partial)
     (partial / "upslope.json").write_text(json.dumps({"tokenizer": tokenizer.fingerprint}))
     shutil.rmtree(folder, ignore_errors=True)

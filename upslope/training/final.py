@@ -11,8 +11,8 @@ import torch
 from upslope.algo import token_logprobs
 from upslope.engine import Engine
 from upslope.evaluate import Estimate, Outcome, estimates, table_rows
-from upslope.models.decoder import Decoder
-from upslope.models.runner import DecoderRunner
+from upslope.models.open import make_runner
+from upslope.models.trunk import Trunk
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import judged_worse
@@ -27,8 +27,8 @@ EVAL_STEP = 2**31 - 1  # a rollout number of its own: the evaluation's random nu
 
 def evaluate_policies(
     run: Run,
-    policies: Sequence[Decoder],
-    base: Decoder,
+    policies: Sequence[Trunk],
+    base: Trunk,
     tokenizer: Tokenizer,
     scorer: Scorer,
     judges: Scorer,
@@ -41,7 +41,7 @@ def evaluate_policies(
         run.progress("eval", 0.1 + number, len(policies) + 0.5, "generate")
         rl = run.recipe.rl
         assert rl is not None
-        runner = DecoderRunner(policy, dtype=run.dtype)
+        runner = make_runner(policy, dtype=run.dtype)
         engine = Engine(
             runner,
             eos_id=tokenizer.eos_id,
@@ -76,12 +76,12 @@ def evaluate_policies(
 
 
 @torch.no_grad()
-def completion_logprobs(model: Decoder, episodes: Sequence[Episode], temperature: float) -> np.ndarray:
+def completion_logprobs(model: Trunk, episodes: Sequence[Episode], temperature: float) -> np.ndarray:
     """The log-probability of each episode's actions, summed, under a model; nats."""
     sums = np.zeros(len(episodes))
     for part in micro_batches([len(e.ids) for e in episodes], 4096):
         members = [episodes[i] for i in part]
-        batch, action_A = lay_out(members)
+        batch, action_A = lay_out(members, model.needs_source)
         batch = batch.to(model.device)
         hidden_AD = model.hidden(batch)[batch.previous[action_A]]
         logp_A, _ = token_logprobs(hidden_AD, model.output_weight, batch.ids_N[action_A], temperature=temperature)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from upslope.errors import ModelError
-from upslope.models.decoder import Decoder
+from upslope.models.trunk import Trunk
 from upslope.rewards.reference import references
 from upslope.rewards.types import RewardOutput
 from upslope.text.prepare import Example
@@ -36,10 +36,10 @@ class LikelihoodSource:
     """
 
     def __init__(
-        self, name: str, model: Decoder, tokenizer: Tokenizer, micro_tokens: int, should_stop: Callable[[], bool]
+        self, name: str, model: Trunk, tokenizer: Tokenizer, micro_tokens: int, should_stop: Callable[[], bool]
     ) -> None:
         self.name = name
-        self.model = model.requires_grad_(False)
+        self.model = model
         self.tokenizer = tokenizer
         self.micro_tokens = micro_tokens
         self.should_stop = should_stop

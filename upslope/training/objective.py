@@ -17,6 +17,7 @@ from torch import Tensor
 from upslope.algo import importance_weights, kl_estimate, reduce, token_kl, token_weights, value_loss
 from upslope.config import RL
 from upslope.models.heads import ActorCritic, TokenScores
+from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 from upslope.training.algorithms import POLICY_LOSSES
 from upslope.training.batches import micro_batches
@@ -87,7 +88,7 @@ def critic_step(run: Run, rl: RL, state: RunState, batch: Batch, members: Sequen
 def drift(rl: RL, model: ActorCritic, batch: Batch, frozen: Frozen, should_stop: Callable[[], bool]) -> float:
     """KL(old, policy) at the present parameters, mean over the batch's action tokens. Raises StopAsked."""
     total = 0.0
-    for part in minibatch_parts(rl, batch, range(len(batch.episodes)), model.policy.device):
+    for part in minibatch_parts(rl, batch, range(len(batch.episodes)), model.policy):
         stop_if(should_stop)
         scores = model.evaluate(part.ragged, part.action_A, temperature=rl.temperature, cut=frozen.cut(rl))
         old_logp_A = batch.old_logp_A[part.rows].to(scores.logp_A.device)
@@ -104,10 +105,11 @@ def _step(
     lr: float,
     loss_of: Callable[[Part], tuple[Tensor, Stats]],
 ) -> dict[str, float]:
+    assert isinstance(state.model, ActorCritic)
     return optimizer_step(
         state.model,
         state.optimizer,
-        minibatch_parts(rl, batch, members, next(state.model.parameters()).device),
+        minibatch_parts(rl, batch, members, state.model.policy),
         loss_of,
         lr=lr,
         clip_norm=rl.optim.clip_norm,
@@ -115,14 +117,15 @@ def _step(
     )
 
 
-def minibatch_parts(rl: RL, batch: Batch, members: Sequence[int], device: torch.device) -> Iterator[Part]:
-    """Micro-batches of the members, with weights made over all of them together."""
+def minibatch_parts(rl: RL, batch: Batch, members: Sequence[int], policy: Trunk) -> Iterator[Part]:
+    """Micro-batches of the members as the policy reads them, with weights made over all of them together."""
+    device = policy.device
     episodes = [batch.episodes[e] for e in members]
     whole = action_starts(episodes)
     weight_A = token_weights(whole, rl.reduction, limit=rl.max_tokens)
     for places in micro_batches([len(e.ids) for e in episodes], rl.optim.micro_tokens, [e.group for e in episodes]):
         chosen = [episodes[i] for i in places]
-        ragged, action_A = lay_out(chosen)
+        ragged, action_A = lay_out(chosen, policy.needs_source)
         own = torch.cat([torch.arange(int(whole[i]), int(whole[i + 1])) for i in places])
         rows = batch.rows([members[i] for i in places])
         yield Part(ragged.to(device), action_A, action_starts(chosen).to(device), rows, weight_A[own].to(device))

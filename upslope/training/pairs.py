@@ -24,12 +24,12 @@ from upslope.algo import (
 )
 from upslope.config import Preference
 from upslope.config import RewardModel as RewardConfig
-from upslope.models.decoder import Decoder
 from upslope.models.heads import RewardModel
+from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 from upslope.text.prepare import Pair
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.batches import micro_batches
+from upslope.training.batches import lay_out_texts, micro_batches
 from upslope.training.export import export_policy, export_reward_model
 from upslope.training.run import Run
 from upslope.training.update import Stats, stop_if
@@ -38,20 +38,24 @@ Sides = tuple[Tensor, Tensor]  # chosen_B, rejected_B
 PairConfig = RewardConfig | Preference
 
 
-def lay_out_pairs(pairs: Sequence[Pair]) -> tuple[Ragged, list[int]]:
+def lay_out_pairs(pairs: Sequence[Pair], needs_source: bool = False) -> tuple[Ragged, list[int]]:
     """The ragged batch of some pairs, and which of its sequences are the chosen sides, then the rejected ones.
 
-    A pair's prompt is the parent of its two sides and computed once; a pair without one is two whole texts.
+    A pair's prompt is the parent of its two sides and computed once; a pair without one is two whole texts. For a
+    model kind that needs_source the first token of each is its parent.
     """
-    prompts = [p.chosen[: p.prompt_length] for p in pairs if p.prompt_length]
-    parents = [-1] * len(prompts)
-    sequences = list(prompts)
-    for side in ("chosen", "rejected"):
-        following = iter(range(len(prompts)))
-        for pair in pairs:
-            sequences.append(getattr(pair, side)[pair.prompt_length :])
-            parents.append(next(following) if pair.prompt_length else -1)
-    return Ragged.of(sequences, parents), list(range(len(prompts), len(sequences)))
+    cuts = [p.prompt_length or int(needs_source) for p in pairs]
+    sources: list[list[int]] = []
+    parents: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    for pair, cut in zip(pairs, cuts, strict=True):
+        for side, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if cut and (side == "chosen" or ids[:cut] != sources[-1]):
+                sources.append(ids[:cut])
+            parents[side].append(len(sources) - 1 if cut else -1)
+    rows = [p.chosen[cut:] for p, cut in zip(pairs, cuts, strict=True)]
+    rows += [p.rejected[cut:] for p, cut in zip(pairs, cuts, strict=True)]
+    batch = Ragged.of([*sources, *rows], [*[-1] * len(sources), *parents["chosen"], *parents["rejected"]])
+    return batch, list(range(len(sources), len(batch)))
 
 
 def pair_tokens(pair: Pair) -> int:
@@ -65,9 +69,9 @@ def learned_tokens(pairs: Sequence[Pair]) -> Sides:
     return torch.tensor([len(p.chosen) for p in pairs]) - first, torch.tensor([len(p.rejected) for p in pairs]) - first
 
 
-def pair_logprobs(model: Decoder, pairs: Sequence[Pair]) -> Sides:
+def pair_logprobs(model: Trunk, pairs: Sequence[Pair]) -> Sides:
     """The log-probability of each side's learned tokens, summed."""
-    batch, sides = lay_out_pairs(pairs)
+    batch, sides = lay_out_pairs(pairs, model.needs_source)
     counts = torch.cat(learned_tokens(pairs)).tolist()
     ends = [batch.starts[s + 1] for s in sides]
     target_A = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
@@ -160,7 +164,7 @@ class Learner(Protocol):
     """
 
     stage: str
-    trunk: Decoder
+    trunk: Trunk
     reference: bool
     mismatched: bool
     sft_weight: float
@@ -196,14 +200,15 @@ class RewardLearner:
         self.sft_weight = 0.0
 
     def compare(self, batch: PairBatch) -> tuple[Tensor, Stats, Tensor | None]:
-        texts, sides = lay_out_pairs(batch.pairs)
+        texts, sides = lay_out_pairs(batch.pairs, self.trunk.needs_source)
         chosen_B, rejected_B = self.model.score(texts.to(self.trunk.device))[sides].split(len(batch.pairs))
         loss_B, stats = bradley_terry_loss(chosen_B, rejected_B, margin_B=_margins(batch.pairs, chosen_B))
         return loss_B, stats, None
 
     def calibrate(self, train: Sequence[Pair], micro_tokens: int, should_stop: Callable[[], bool]) -> None:
         texts = [ids for p in train for ids in (p.chosen, p.rejected)]
-        score_B = score_texts(self.model, texts, micro_tokens, should_stop)
+        prompts = [p.prompt_length for p in train for _ in range(2)]
+        score_B = score_texts(self.model, texts, prompts, micro_tokens, should_stop)
         self.model.set_scale(mean=float(score_B.mean()), std=float(score_B.std()))
 
     def export(self, run: Run, tokenizer: Tokenizer) -> None:
@@ -213,7 +218,7 @@ class RewardLearner:
 class PolicyLearner:
     """A policy by itself: DPO and its kin on log-probabilities of completions (of whole texts without a prompt)."""
 
-    def __init__(self, model: Decoder, cfg: Preference) -> None:
+    def __init__(self, model: Trunk, cfg: Preference) -> None:
         self.stage = "preference"
         self.model = self.trunk = model
         self.cfg = cfg
@@ -245,13 +250,18 @@ class PolicyLearner:
 
 @torch.no_grad()
 def score_texts(
-    model: RewardModel, texts: Sequence[Sequence[int]], micro_tokens: int, should_stop: Callable[[], bool]
+    model: RewardModel,
+    texts: Sequence[Sequence[int]],
+    prompts: Sequence[int],
+    micro_tokens: int,
+    should_stop: Callable[[], bool],
 ) -> np.ndarray:
-    """The score of each token sequence, in the order given. Raises StopAsked."""
+    """The score of each text, in the order given; prompts: how many of its tokens are a prompt. Raises StopAsked."""
     scores = np.zeros(len(texts), dtype=np.float64)
     for part in micro_batches([len(t) for t in texts], 2 * micro_tokens):
         stop_if(should_stop)
-        score_B = model.score(Ragged.of([texts[i] for i in part]).to(model.trunk.device))
+        batch, _ = lay_out_texts([texts[i] for i in part], [prompts[i] for i in part], model.trunk.needs_source)
+        score_B = model.score(batch.to(model.trunk.device))[-len(part) :]
         scores[part] = score_B.double().cpu().numpy()
     return scores
 

@@ -14,15 +14,14 @@ from upslope.config import POLICY_STAGES, RL, Recipe, describe
 from upslope.config.metrics import METRICS
 from upslope.engine import Engine
 from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
-from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, RewardModel
-from upslope.models.hf import load_decoder
-from upslope.models.runner import DecoderRunner
+from upslope.models.open import load_model, make_runner
+from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.rewards.language import language
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import Splits, load_splits, make_prompts, preference_pairs, supervised_examples
+from upslope.training.data import Splits, make_prompts, preference_pairs, supervised_examples
 from upslope.training.encoder import encoder_folder
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.export import load_reward_model
@@ -35,6 +34,7 @@ from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
 from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source, source_name
+from upslope.training.start import begin
 from upslope.training.supervised import run_supervised
 
 MEAN_TOKENS = 32.0  # a first guess of an example's length, for the time left only
@@ -62,6 +62,7 @@ class Pipeline:
 
     run: Run
     recipe: Recipe
+    start: str  # the source of the recipe's model
     tokenizer: Tokenizer
     splits: Splits
     given: Given
@@ -78,11 +79,11 @@ class Pipeline:
     def source_before(self, stage: str) -> str:
         """The policy as it is when a stage begins."""
         before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
-        return str(self.stage_folder(before[-1]) / "model") if before else self.recipe.model
+        return str(self.stage_folder(before[-1]) / "model") if before else self.start
 
-    def decoder(self, source: str, *, trained: bool) -> Decoder:
-        """Load a decoder: fp32 master weights where it is trained, the compute dtype where it is frozen."""
-        model = load_decoder(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
+    def trunk(self, source: str, *, trained: bool) -> Trunk:
+        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen."""
+        model = load_model(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(
@@ -110,9 +111,9 @@ class Pipeline:
             model.to(self.run.device).requires_grad_(False)
             return LearnedSource(label, model, self.tokenizer.eos_id, budget, stop)
         if word == "likelihood":
-            judge = load_decoder(resolve(argument), dtype=self.run.dtype)
+            judge = load_model(resolve(argument), dtype=self.run.dtype)
             judge.compute_dtype = self.run.dtype
-            judge.to(self.run.device)
+            judge.to(self.run.device).requires_grad_(False)
             return LikelihoodSource(label, judge, Tokenizer.load(resolve(argument)), budget, stop)
         if word == "language":
             return self.function_source(partial(language, code=argument), label)
@@ -166,9 +167,8 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
     run.terminal.note(f"{run.facts['processor']}; matrix products in {run.facts['dtype']}, weights in fp32")
     for line in describe(recipe):
         run.terminal.note(line)
-    tokenizer = Tokenizer.load(resolve(recipe.model))
-    splits = load_splits(run, recipe.data, recipe.seed, given.rows)
-    pipeline = Pipeline(run, recipe, tokenizer, splits, given, run.folder)
+    start, tokenizer, splits = begin(run, recipe, run.folder, given.rows)
+    pipeline = Pipeline(run, recipe, start, tokenizer, splits, given, run.folder)
     run.plan = plan_work(recipe)
     for stage in stages:
         if run.done(stage):
@@ -213,7 +213,7 @@ def _supervised(stage: str) -> Callable[[Pipeline], None]:
     def run_stage(p: Pipeline) -> None:
         train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
         valid = supervised_examples(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
-        model = p.decoder(p.source_of(stage), trained=True)
+        model = p.trunk(p.source_of(stage), trained=True)
         run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid)
 
     return run_stage
@@ -224,7 +224,7 @@ def _pairs(stage: str) -> Callable[[Pipeline], None]:
         cfg = getattr(p.recipe, stage)
         train = preference_pairs(p.run, stage, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group)
         valid = preference_pairs(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group)
-        model = p.decoder(p.source_of(stage), trained=True)
+        model = p.trunk(p.source_of(stage), trained=True)
         learner: Learner = (
             RewardLearner(RewardModel(model).to(p.run.device)) if stage == "reward" else PolicyLearner(model, cfg)
         )
@@ -236,12 +236,12 @@ def _pairs(stage: str) -> Callable[[Pipeline], None]:
 def _rl(p: Pipeline) -> None:
     rl = p.recipe.rl
     assert rl is not None
-    policy = p.decoder(p.source_of("rl"), trained=True)
-    critic_trunk = p.decoder(p.source_of("rl"), trained=True) if rl.critic == "separate" else None
+    policy = p.trunk(p.source_of("rl"), trained=True)
+    critic_trunk = p.trunk(p.source_of("rl"), trained=True) if rl.critic == "separate" else None
     model = ActorCritic(policy, rl.critic, critic_trunk).to(p.run.device)
     frozen = Frozen(
-        reference=p.decoder(rl.teacher or p.source_of("rl"), trained=False) if rl.uses_reference else None,
-        mask=p.decoder(p.source_of("rl"), trained=False) if rl.mask_every else None,
+        reference=p.trunk(rl.teacher or p.source_of("rl"), trained=False) if rl.uses_reference else None,
+        mask=p.trunk(p.source_of("rl"), trained=False) if rl.mask_every else None,
     )
     _check_teacher(rl.teacher, frozen.reference, policy)
     prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
@@ -253,13 +253,13 @@ def _rl(p: Pipeline) -> None:
             "lower rl.max_tokens or data.max_tokens",
         )
     engine = Engine(
-        DecoderRunner(policy, dtype=p.run.dtype),
+        make_runner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,
         slots=rl.slots,
         seed=p.recipe.seed,
         text_of=p.tokenizer.decode,
         valid_vocab=p.tokenizer.vocab_size,
-        mask_runner=DecoderRunner(policy, dtype=p.run.dtype) if rl.mask_every > 1 else None,
+        mask_runner=make_runner(policy, dtype=p.run.dtype) if rl.mask_every > 1 else None,
     )
     scorer = p.scorer()
     try:
@@ -276,9 +276,9 @@ def _expert(p: Pipeline) -> None:
     watched = watched[: max(1, len(train) // HELD_OUT_SHARE)]
     episodes = read_samples(p.run, (len(train) + len(watched)) * cfg.samples)
     if episodes is None:
-        policy = p.decoder(p.source_before("expert"), trained=False)
+        policy = p.trunk(p.source_before("expert"), trained=False)
         engine = Engine(
-            DecoderRunner(policy, dtype=p.run.dtype),
+            make_runner(policy, dtype=p.run.dtype),
             eos_id=p.tokenizer.eos_id,
             slots=p.limit("slots"),
             seed=p.recipe.seed,
@@ -292,11 +292,11 @@ def _expert(p: Pipeline) -> None:
         finally:
             scorer.close()
         del engine, policy, scorer  # room for what is fitted
-    model = p.decoder(p.source_of("expert"), trained=True)
+    model = p.trunk(p.source_of("expert"), trained=True)
     run_expert(p.run, cfg, model, p.tokenizer, episodes, len(train))
 
 
-def _check_teacher(source: str | None, teacher: Decoder | None, policy: Decoder) -> None:
+def _check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
     """A teacher and its student choose among the same tokens, and see as far."""
     if source is None or teacher is None:
         return
@@ -314,9 +314,9 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     """
     cfg = p.recipe.eval
     prompts = make_prompts(p.run, p.splits["test"], p.tokenizer, "test")[: cfg.prompts]
-    before = p.decoder(p.source_of("rl"), trained=False)
-    after = p.decoder(str(p.stage_folder("rl") / "model"), trained=False)
-    base = p.decoder(p.recipe.model, trained=False)
+    before = p.trunk(p.source_of("rl"), trained=False)
+    after = p.trunk(str(p.stage_folder("rl") / "model"), trained=False)
+    base = p.trunk(p.start, trained=False)
     judges = _judges(p)
     scorer = p.scorer()
     try:

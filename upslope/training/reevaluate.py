@@ -9,11 +9,9 @@ from pathlib import Path
 from upslope.config import load_recipe
 from upslope.errors import RunError
 from upslope.observe.report import write_report
-from upslope.sources import resolve
-from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import load_splits
 from upslope.training.pipeline import Given, Pipeline, evaluate_run
 from upslope.training.run import Run
+from upslope.training.start import begin
 
 
 def reevaluate(
@@ -34,10 +32,9 @@ def reevaluate(
     run = Run(recipe, folder / "evaluations" / str(number), plain=plain)
     try:
         with run.stopping_on_signals():
-            tokenizer = Tokenizer.load(resolve(recipe.model))
-            splits = load_splits(run, recipe.data, recipe.seed)
+            model, tokenizer, splits = begin(run, recipe, folder)
             run.terminal.stage("eval", "start")
-            evaluate_run(Pipeline(run, recipe, tokenizer, splits, Given(), folder), draw)
+            evaluate_run(Pipeline(run, recipe, model, tokenizer, splits, Given(), folder), draw)
             write_report(run.folder)
             run.terminal.note(f"report: {run.folder / 'report.html'}")
     finally:

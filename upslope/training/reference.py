@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upslope.algo import kto_reference_point
 from upslope.errors import DataError
-from upslope.models.decoder import Decoder
+from upslope.models.trunk import Trunk
 from upslope.text.prepare import Pair
 from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.pairs import Learner, PairBatch, PairConfig, Sides, pair_logprobs, pair_tokens
@@ -104,7 +104,7 @@ def mismatched(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 @torch.no_grad()
-def _logprobs(model: Decoder, pairs: Sequence[Pair], budget: int, should_stop: Callable[[], bool]) -> Tensor:
+def _logprobs(model: Trunk, pairs: Sequence[Pair], budget: int, should_stop: Callable[[], bool]) -> Tensor:
     """(2, pairs): of the chosen and of the rejected sides, in the micro-batches of training."""
     found = _nothing(len(pairs))
     for part in micro_batches([pair_tokens(p) for p in pairs], budget):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from upslope.algo import token_logprobs
 from upslope.config import RL
-from upslope.models.decoder import Decoder
 from upslope.models.heads import ActorCritic, Cut
+from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 from upslope.training.algorithms import Credit, Signal, credit
 from upslope.training.batches import micro_batches
@@ -57,8 +57,8 @@ FIELDS = ("behaviour_logp_A", "old_logp_A", "entropy_A", "value_A", "ref_logp_A"
 class Frozen:
     """The models of a stage that do not learn: where the KL is measured from, and what a sampler's cut is read from."""
 
-    reference: Decoder | None = None
-    mask: Decoder | None = None
+    reference: Trunk | None = None
+    mask: Trunk | None = None
 
     def cut(self, rl: RL) -> Cut | None:
         return None if self.mask is None else Cut(self.mask, rl.top_k, rl.top_p)
@@ -94,7 +94,7 @@ def prepare(
     for part in micro_batches([len(e.ids) for e in episodes], 2 * rl.optim.micro_tokens, [e.group for e in episodes]):
         stop_if(should_stop)
         members = [episodes[i] for i in part]
-        ragged, action_A = lay_out(members)
+        ragged, action_A = lay_out(members, model.policy.needs_source)
         ragged = ragged.to(model.policy.device)
         rows = batch.rows(part)
         scores = model.evaluate(ragged, action_A, temperature=rl.temperature, cut=frozen.cut(rl))
@@ -118,7 +118,7 @@ def prepare(
     return batch, found
 
 
-def _reference(reference: Decoder, ragged: Ragged, action_A: Tensor, rl: RL) -> Tensor:
+def _reference(reference: Trunk, ragged: Ragged, action_A: Tensor, rl: RL) -> Tensor:
     hidden_AD = reference.hidden(ragged)[ragged.previous[action_A].to(reference.device)]
     target_A = ragged.ids_N[action_A.to(ragged.ids_N.device)]
     logp_A, _ = token_logprobs(hidden_AD, reference.output_weight, target_A, temperature=rl.temperature)

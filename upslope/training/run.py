@@ -3,6 +3,7 @@
 OUT/recipe.json          the resolved recipe, the seed of every stage's randomness
 OUT/events.jsonl         everything that happened, one JSON object a line
 OUT/episodes.jsonl       every completion that was trained on: ids, log-probabilities, rewards
+OUT/start/model/         what a table [model] made: random weights and a trained tokenizer
 OUT/expert/samples.jsonl what the stage expert sampled and which of it was kept
 OUT/STAGE/checkpoints/   while a stage runs
 OUT/STAGE/model/         when it is done: Hugging Face layout
@@ -176,6 +177,7 @@ class Run:
         changed = [c for c in changed if not c.startswith("checkpoint_minutes:")]
         if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "start", ignore_errors=True)
             atomic_write_text(path, json.dumps(new, indent=1))
         elif changed:
             more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""

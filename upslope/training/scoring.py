@@ -45,7 +45,9 @@ class LearnedSource:
 
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput:
         texts = [e.ids if e.ids[-1] == self.eos_id else [*e.ids, self.eos_id] for e in episodes]
-        return RewardOutput(score_texts(self.model, texts, self.micro_tokens, self.should_stop), [None] * len(texts))
+        prompts = [e.prompt_length for e in episodes]
+        score_B = score_texts(self.model, texts, prompts, self.micro_tokens, self.should_stop)
+        return RewardOutput(score_B, [None] * len(texts))
 
     def close(self) -> None:
         """Nothing to end: the model lives in this process."""

@@ -34,6 +34,8 @@ def begin_from(others: Sequence[Path], folder: Path, table: Mapping[str, Any]) -
     shutil.copyfile(other / "machine.json", beside / "machine.json")
     (beside / "recipe.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
     moved = _copy_logs(other, beside, table, stages[-1], said)
+    if (other / "start").is_dir():  # the model that both begin with
+        shutil.copytree(other / "start", beside / "start", copy_function=_link)
     for stage in stages:
         ignore = shutil.ignore_patterns("done.json", "checkpoints")
         shutil.copytree(other / stage, beside / stage, copy_function=_link, ignore=ignore)

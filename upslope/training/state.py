@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from upslope.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from upslope.errors import Interrupted, RecipeError
-from upslope.models.decoder import Decoder
+from upslope.models.trunk import Trunk
 from upslope.training.run import Run
 from upslope.training.update import optimizer_tensors, restore_optimizer
 
@@ -113,7 +113,7 @@ def _folder(run: Run, stage: str) -> Path:
     return run.stage_folder(stage) / "checkpoints"
 
 
-def freeze_lowest(model: Decoder, layers: int) -> None:
+def freeze_lowest(model: Trunk, layers: int) -> None:
     """Leave the embeddings and the lowest `layers` blocks as they are; 0 trains everything."""
     if layers > len(model.blocks):
         raise RecipeError(f"freeze_layers = {layers}: the model has {len(model.blocks)} blocks", "lower it")

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from upslope.algo import token_logprobs
 from upslope.config import Supervised
-from upslope.models.decoder import Decoder
-from upslope.ragged import Ragged
+from upslope.models.trunk import Trunk
 from upslope.text.prepare import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
-from upslope.training.batches import batch_indices, micro_batches
+from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
 from upslope.training.export import export_policy
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.state import RunState, freeze_lowest
@@ -29,7 +28,7 @@ def run_supervised(
     run: Run,
     stage: str,
     cfg: Supervised,
-    model: Decoder,
+    model: Trunk,
     tokenizer: Tokenizer,
     train: list[Example],
     valid: list[Example],
@@ -70,7 +69,7 @@ def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[
     """One optimizer step on a batch of examples; its mean is over the trained tokens of the whole batch."""
     trained = sum(sum(example.trained) for example in batch)
     model = state.model
-    assert isinstance(model, Decoder)
+    assert isinstance(model, Trunk)
 
     def loss_of(part: list[int]) -> tuple[Tensor, Stats]:
         logp_A = example_logprobs(model, [batch[i] for i in part])
@@ -88,11 +87,13 @@ def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[
     return metrics | {"tokens/trained": float(trained)}
 
 
-def example_logprobs(model: Decoder, examples: Sequence[Example]) -> Tensor:
+def example_logprobs(model: Trunk, examples: Sequence[Example]) -> Tensor:
     """logp_A of every trained token that has a token before it, over the examples in turn."""
-    batch = Ragged.of([e.ids for e in examples]).to(model.device)
-    trained_N = torch.tensor([t for e in examples for t in e.trained], dtype=torch.bool)
-    target_A = torch.nonzero(trained_N & (batch.previous >= 0)).squeeze(1)
+    prompts = [e.trained.index(True) if any(e.trained) else len(e.ids) for e in examples]
+    batch, place_N = lay_out_texts([e.ids for e in examples], prompts, model.needs_source)
+    target_A = place_N[torch.tensor([t for e in examples for t in e.trained], dtype=torch.bool)]
+    target_A = target_A[batch.previous[target_A] >= 0]
+    batch = batch.to(model.device)
     hidden_ND = model.hidden(batch)
     logp_A, _ = token_logprobs(hidden_ND[batch.previous[target_A]], model.output_weight, batch.ids_N[target_A])
     return logp_A
@@ -100,7 +101,7 @@ def example_logprobs(model: Decoder, examples: Sequence[Example]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, stage: str, step: int, model: Decoder, examples: Sequence[Example], micro_tokens: int
+    run: Run, stage: str, step: int, model: Trunk, examples: Sequence[Example], micro_tokens: int
 ) -> dict[str, float]:
     """Mean negative log-likelihood per trained token of held-out examples, and its exponential. Raises StopAsked."""
     total, count = 0.0, 0

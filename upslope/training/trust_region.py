@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upslope.algo import conjugate_gradient, surrogate_loss, token_kl, token_logprobs, trust_region_step
 from upslope.config import RL
-from upslope.models.decoder import Decoder
+from upslope.models.trunk import Trunk
 from upslope.training.objective import Part, minibatch_parts
 from upslope.training.rollout import Batch
 from upslope.training.update import StopAsked
@@ -39,7 +39,7 @@ class Before:
     tokens: int
 
 
-def trust_region_update(rl: RL, policy: Decoder, batch: Batch, should_stop: Callable[[], bool]) -> dict[str, float]:
+def trust_region_update(rl: RL, policy: Trunk, batch: Batch, should_stop: Callable[[], bool]) -> dict[str, float]:
     """Move the policy once. Returns what came of it: the KL, the surrogate's gain, halvings, and 1 if it was given up.
 
     Raises StopAsked between two passes over the rollout, with the parameters as they were.
@@ -77,7 +77,7 @@ class _Fisher:
     def __init__(
         self,
         rl: RL,
-        policy: Decoder,
+        policy: Trunk,
         before: Before,
         parameters: Sequence[nn.Parameter],
         should_stop: Callable[[], bool],
@@ -105,8 +105,8 @@ class _Fisher:
         return total_N
 
 
-def _before(rl: RL, policy: Decoder, batch: Batch) -> Before:
-    parts = list(minibatch_parts(rl, batch, range(len(batch.episodes)), policy.device))
+def _before(rl: RL, policy: Trunk, batch: Batch) -> Before:
+    parts = list(minibatch_parts(rl, batch, range(len(batch.episodes)), policy))
     weight_VD = policy.output_weight.detach().clone()
     hidden, logp = [], []
     with torch.no_grad():
@@ -116,7 +116,7 @@ def _before(rl: RL, policy: Decoder, batch: Batch) -> Before:
     return Before(parts, logp, hidden, weight_VD, len(batch.old_logp_A))
 
 
-def _hidden(policy: Decoder, part: Part) -> Tensor:
+def _hidden(policy: Trunk, part: Part) -> Tensor:
     return policy.hidden(part.ragged)[part.ragged.previous[part.action_A].to(policy.device)]
 
 
@@ -125,7 +125,7 @@ def _logp(rl: RL, weight_VD: Tensor, part: Part, hidden_AD: Tensor) -> Tensor:
     return token_logprobs(hidden_AD, weight_VD, target_A, temperature=rl.temperature)[0]
 
 
-def _gradient(rl: RL, policy: Decoder, batch: Batch, before: Before, parameters: Sequence[nn.Parameter]) -> Tensor:
+def _gradient(rl: RL, policy: Trunk, batch: Batch, before: Before, parameters: Sequence[nn.Parameter]) -> Tensor:
     """The gradient of minus the surrogate, flat."""
     total_N = torch.zeros(sum(p.numel() for p in parameters), device=policy.device)
     for part, old_A in zip(before.parts, before.logp, strict=True):
@@ -137,7 +137,7 @@ def _gradient(rl: RL, policy: Decoder, batch: Batch, before: Before, parameters:
 
 
 @torch.no_grad()
-def _measure(rl: RL, policy: Decoder, batch: Batch, before: Before) -> tuple[float, float]:
+def _measure(rl: RL, policy: Trunk, batch: Batch, before: Before) -> tuple[float, float]:
     """(how much the surrogate has risen, mean KL(old, new)) at the present parameters; a nan is no rise."""
     gain, kl = 0.0, 0.0
     for part, old_A, old_AD in zip(before.parts, before.logp, before.hidden, strict=True):
@@ -162,7 +162,7 @@ def _set(parameters: Sequence[nn.Parameter], saved: Sequence[Tensor], step_N: Te
 
 
 @contextmanager
-def _in_fp32(policy: Decoder) -> Iterator[None]:
+def _in_fp32(policy: Trunk) -> Iterator[None]:
     dtype = policy.compute_dtype
     policy.compute_dtype = torch.float32
     try:

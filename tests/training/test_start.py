@@ -1,0 +1,153 @@
+"""A run that makes its own model: the tokenizer, the weights, and that nothing later can tell."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import upslope
+from tests.conftest import TEXTS, make_recipe
+from tests.training.test_pipeline import outcome, same
+from upslope.config import Scratch, load_recipe
+from upslope.errors import Interrupted, ModelError, RecipeError
+from upslope.models.open import load_model, make_runner, new_model
+from upslope.text.tokenizer import Tokenizer, train_tokenizer
+from upslope.training import supervised
+from upslope.training.start import texts_of
+
+SHAPE = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "context": 64, "vocab": 300}
+
+
+def score(prompts, completions, rows):
+    return [float(len(text)) for text in completions]
+
+
+def scratch_recipe(**shape):
+    recipe = make_recipe("none")
+    del recipe["reward"]
+    recipe["pretrain"] = {"steps": 2, "batch": 4}
+    recipe["rl"] |= {"reward": f"{__name__}:score", "epochs": 1, "minibatches": 1, "steps": 2}
+    return recipe | {"model": SHAPE | shape}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, rows):
+    return upslope.train(scratch_recipe(), rows=rows, out=tmp_path_factory.mktemp("scratch") / "run", plain=True)
+
+
+def test_a_run_from_scratch_goes_through_every_stage(finished):
+    assert all((finished / stage / "done.json").is_file() for stage in ("pretrain", "sft", "rl", "eval"))
+    start, pretrained = (load_file(finished / stage / "model" / "model.safetensors") for stage in ("start", "pretrain"))
+    assert start.keys() == pretrained.keys()
+    assert any(not torch.equal(start[name], pretrained[name]) for name in start)
+    words = upslope.load(finished, dtype="fp32").generate(["a fine film"], max_tokens=4)
+    assert len(words) == 1
+
+
+def test_the_tokenizer_has_seen_the_training_side_only(finished):
+    """A word that only other sides have stays in pieces; one that the training side has becomes a token."""
+    tokenizer = Tokenizer.load(finished / "start" / "model")
+    assert len(tokenizer.encode(" film", special=False)) == 1
+    rows = Dataset.from_list([{"text": "alpha alpha alpha", "other": "omega"}] * 3)
+    learned = train_tokenizer(texts_of(rows, load_recipe(scratch_recipe()).data), 300)
+    assert len(learned.encode(" alpha", special=False)) == 1
+    assert len(learned.encode(" omega", special=False)) > 1
+
+
+def test_a_trained_tokenizer_keeps_every_text_and_marks_both_ends(tmp_path):
+    made = train_tokenizer(TEXTS, 300)
+    made.save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    for text in (*TEXTS, "Ünïcødé 学习 \x00\n\t", ""):
+        ids = tokenizer.encode(text)
+        assert ids[0] == tokenizer.bos_id
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id != tokenizer.bos_id and tokenizer.inner.pad_token_id is None
+    assert tokenizer.vocab_size <= 300 and tokenizer.fingerprint == made.fingerprint
+    ids, trained = tokenizer.chat_example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert [i for i, t in zip(ids, trained, strict=True) if t][-1] == tokenizer.eos_id
+
+
+def test_the_same_texts_give_the_same_tokenizer_in_another_process():
+    code = (
+        "from upslope.text.tokenizer import train_tokenizer\nfrom tests.conftest import TEXTS\n"
+        "print(train_tokenizer(TEXTS * 50, 300).fingerprint)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == train_tokenizer(TEXTS * 50, 300).fingerprint
+
+
+def test_a_stopped_run_from_scratch_ends_where_an_unbroken_one_does(finished, rows, tmp_path, monkeypatch):
+    inner, calls = supervised.supervised_step, []
+
+    def stopping(run, *args):
+        calls.append(0)
+        run.stop_requested = len(calls) == 3
+        return inner(run, *args)
+
+    monkeypatch.setattr(supervised, "supervised_step", stopping)
+    with pytest.raises(Interrupted):
+        upslope.train(scratch_recipe(), rows=rows, out=tmp_path / "run", plain=True)
+    upslope.train(scratch_recipe(), rows=rows, out=tmp_path / "run", plain=True)
+    same(outcome(finished), outcome(tmp_path / "run"))
+
+
+def test_a_first_try_of_another_shape_leaves_nothing_behind(rows, tmp_path):
+    class Sudden(Exception):
+        pass
+
+    def refuse(*args):
+        raise Sudden
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "evaluate", refuse)
+        with pytest.raises(Sudden):
+            upslope.train(scratch_recipe(), rows=rows, out=tmp_path / "run", plain=True)
+    upslope.train(scratch_recipe(layers=1), rows=rows, out=tmp_path / "run", plain=True)
+    config = json.loads((tmp_path / "run" / "start" / "model" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+
+
+def test_weights_are_of_the_seed():
+    shape = Scratch(**SHAPE)
+    one, two, other = (new_model(shape, 300, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["embed.weight"], other["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"widht": 8}, r"unknown key 'model.widht'; did you mean 'width'\?"),
+        ({"heads": 3}, r"model: width = 16 does not divide among 3 heads; set heads to a divisor"),
+        ({"kv_heads": 3}, r"model: 4 heads do not divide among kv_heads = 3"),
+        ({"heads": 16}, r"gives each an odd share"),
+        ({"kind": "tree"}, r"model.kind = 'tree'"),
+        ({"vocab": 100}, r"model.vocab = 100"),
+    ],
+)
+def test_a_table_that_cannot_be_is_one_line(shape, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(scratch_recipe(**shape))
+
+
+def test_a_model_that_is_neither_name_nor_table_is_one_line():
+    with pytest.raises(RecipeError, match="model = 3"):
+        load_recipe(scratch_recipe() | {"model": 3})
+
+
+def test_keys_of_the_table_are_set_from_the_command_line():
+    assert load_recipe(scratch_recipe(), ["model.layers=7"]).model.layers == 7
+    assert load_recipe(scratch_recipe(), ["model=some/folder"]).model == "some/folder"
+
+
+def test_what_no_kind_knows_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(ModelError, match="architecture 'mystery' is not known; known: llama"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="Linear is no model kind"):
+        make_runner(torch.nn.Linear(1, 1), dtype=torch.float32)

@@ -1,0 +1,95 @@
+"""What every model kind is to the loops, and what its runner is to the engine. Nothing above knows a kind by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from upslope.ragged import Ragged
+
+
+class Shape(Protocol):
+    """The numbers of a configuration that every kind has."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+
+
+class Trunk(nn.Module):
+    """Hidden states of ragged batches, and the projection that makes logits of them.
+
+    blocks: the layers from the lowest up, as freeze_layers counts them; what stands below them is named embed or
+    position. Parameters stay in their own dtype; products are in compute_dtype. No dropout.
+    """
+
+    needs_source: ClassVar[bool] = False  # every prompt must be a parent row, its completion the child
+    config: Shape
+    compute_dtype: torch.dtype
+    blocks: nn.ModuleList
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def output_weight(self) -> Tensor:
+        """weight_VD of the projection to logits."""
+        raise NotImplementedError
+
+    def hidden(self, batch: Ragged) -> Tensor:
+        """hidden_ND in compute_dtype: the state at `batch.previous[n]` predicts token n.
+
+        Raises ModelError beyond the context.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, seed: int) -> Self:
+        """New weights, from a seed alone."""
+        raise NotImplementedError
+
+
+class Cache(Protocol):
+    """What a runner keeps of each slot's tokens; live slots are always 0 to n - 1."""
+
+    def move(self, source: int, target: int) -> None:
+        """Let slot `target` hold what slot `source` holds."""
+        ...
+
+
+class Runner(Protocol):
+    """A trunk for generation, without gradients, its weights copied in the dtype of products."""
+
+    config: Any  # a Shape
+    device: torch.device
+    output_weight: Tensor
+
+    def load(self, model: Any) -> None:
+        """Take over a model's present weights, in place."""
+        ...
+
+    def checksum(self) -> str:
+        """A number that changes when any weight does."""
+        ...
+
+    def checksum_of(self, model: Any) -> str:
+        """The checksum that this runner has when a model's present weights have reached it."""
+        ...
+
+    def new_cache(self, slots: int, capacity: int) -> Any:
+        """A Cache with room for `capacity` tokens in each of `slots`."""
+        ...
+
+    def prefill(self, cache: Any, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor:
+        """Compute each prompt once, into every slot listed for it: hidden_PD of each prompt's last token."""
+        ...
+
+    def step(self, cache: Any, ids_S: Tensor) -> Tensor:
+        """Append one token to each of the slots 0 to n - 1: hidden_SD."""
+        ...

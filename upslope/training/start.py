@@ -1,0 +1,56 @@
+"""What a run begins with: its rows, and the recipe's model, which a table [model] makes anew in RUN/start/model.
+
+    tokenizer: byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) of the training side's texts, nothing else's
+    weights:   from the recipe's seed alone
+
+Everything later treats that folder as the recipe's model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from upslope.config import Data, Recipe, Scratch
+from upslope.models.open import new_model
+from upslope.sources import resolve
+from upslope.text.tokenizer import Tokenizer, train_tokenizer
+from upslope.training.data import Splits, load_splits
+from upslope.training.export import write_model, writing
+from upslope.training.run import Run
+
+
+def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str, Tokenizer, Splits]:
+    """The source of the recipe's model, its tokenizer, and the rows by side.
+
+    A model from scratch is written below `models` unless it stands there. Raises UpslopeError.
+    """
+    if isinstance(recipe.model, str):
+        tokenizer = Tokenizer.load(resolve(recipe.model))  # a wrong name is told before the rows are read
+        return recipe.model, tokenizer, load_splits(run, recipe.data, recipe.seed, rows)
+    splits = load_splits(run, recipe.data, recipe.seed, rows)
+    folder = models / "start" / "model"
+    if not folder.is_dir():
+        write_start(folder, recipe.model, recipe.seed, splits["train"], recipe.data)
+    tokenizer = Tokenizer.load(folder)
+    run.account(f"model: a new {recipe.model.kind}; {tokenizer.vocab_size} tokens, made from the training side alone")
+    return str(folder), tokenizer, splits
+
+
+def write_start(folder: Path, shape: Scratch, seed: int, rows: Dataset, data: Data) -> None:
+    """Train the tokenizer, draw the weights, write both in Hugging Face layout."""
+    tokenizer = train_tokenizer(texts_of(rows, data), shape.vocab)
+    with writing(folder.parent):
+        write_model(folder, new_model(shape, tokenizer.vocab_size, seed), tokenizer)
+
+
+def texts_of(rows: Dataset, data: Data) -> Iterator[str]:
+    """Every text of the columns that the recipe names, row by row."""
+    columns = [data.text, data.prompt, data.completion, data.chosen, data.rejected]
+    for row in rows:
+        yield from (row[c] for c in columns if c and isinstance(row[c], str))
+        turns = row[data.messages] if data.messages else None
+        yield from (turn["content"] for turn in turns or [] if isinstance(turn.get("content"), str))

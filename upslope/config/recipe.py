@@ -85,7 +85,7 @@ class Recipe(Table):
     def max_completion(self) -> int:
         """The most tokens of a completion that is measured."""
         stage = self.rl or self.expert
-        return self.eval.max_tokens or (stage.max_tokens if stage else 64)
+        return self.eval.max_tokens or (stage.max_tokens if stage else min(64, max(1, self.data.max_tokens // 2)))
 
     @model_validator(mode="before")
     @classmethod

@@ -81,6 +81,7 @@ class Data(Table):
     keep: dict[str, list[str]] = {}  # column -> values to keep
     min_chars: Count = 1
     max_chars: Positive = 100_000
+    near: Annotated[float, Field(gt=0, lt=1)] | None = None  # texts that agree so far are repeats (text/near.py)
     max_tokens: Positive = 1024  # an example longer than this is dropped and counted
     valid: Share = 0.1
     test: Share = 0.1
@@ -116,7 +117,7 @@ class Task(Table):
     @model_validator(mode="after")
     def _fields_fit(self) -> Task:
         if self.prompt is not None and not self.columns:
-            raise ValueError(f"prompt = {self.prompt!r} names no column: write one in braces, as in {{text}}")
+            raise ValueError("prompt names no column: write one in braces, as in {text}")
         if self.source is None and self.baseline in ("copy", "lead") and len(self.columns) != 1:
             raise ValueError(f"baseline = {self.baseline} needs to know what it takes: set source to a column")
         if self.reference is None and self.baseline in ("majority", "lead"):
@@ -129,12 +130,10 @@ class Task(Table):
         try:
             fields = [name for _, name, _, _ in Formatter().parse(self.prompt or "") if name is not None]
         except ValueError as error:
-            raise ValueError(
-                f"prompt = {self.prompt!r} is no template, {error}: double a brace that is meant"
-            ) from None
+            raise ValueError(f"prompt is no template, {error}: double a brace that is meant") from None
         strange = [name for name in fields if not name or any(c in name for c in ".[]")]
         if strange:
-            raise ValueError(f"prompt = {self.prompt!r} has a field {{{strange[0]}}}: write a column's name")
+            raise ValueError(f"prompt has a field {{{strange[0]}}}: write a column's name")
         return list(dict.fromkeys(fields))
 
     @property
@@ -245,5 +244,7 @@ class Evaluation(Table):
     samples_every: Positive = 5  # rl steps between samples in the report
     every: Count = 10  # rl steps between measurements of [task]; 0: only at the end
     watched: Positive = 64  # prompts of each of them
-    max_tokens: Positive | None = None  # of a completion that is measured; default: rl's, else expert's, else 64
+    max_tokens: Positive | None = (
+        None  # of a completion that is measured; default: rl's, else expert's, else at most 64
+    )
     temperature: Rate | None = None  # of its sampling, 0 takes the most probable token; default: rl's, else 1

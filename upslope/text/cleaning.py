@@ -51,6 +51,10 @@ class Account:
             )
         return self
 
+    def examples(self) -> list[str]:
+        """One dropped row for each reason, in words."""
+        return [f"{reason}: row {self.first[reason]}: {self.shown[reason]}" for reason in self.dropped]
+
     def __str__(self) -> str:
         parts = [f"{count} {reason} (first: row {self.first[reason]})" for reason, count in self.dropped.items()]
         tail = f"; dropped: {', '.join(parts)}" if parts else "; nothing dropped"
@@ -96,7 +100,7 @@ def clean(
         row = dict(zip(names, values, strict=True))
         shown = row[text] if text else row
         reason = _unfit(row, text, (min_chars, max_chars), wanted, required)
-        key = _digest("\0".join(_folded(str(row[name])) for name in equal)) if dedupe and equal and not reason else None
+        key = _digest("\0".join(folded(str(row[name])) for name in equal)) if dedupe and equal and not reason else None
         if reason:
             account.drop(reason, numbers[i], shown)
         elif key is not None and key in seen:
@@ -151,9 +155,9 @@ def split(
     if group:
         keys = rows[group]
     elif same:
-        keys = (_folded(str(value)) for value in rows[same])
+        keys = (folded(str(value)) for value in rows[same])
     else:
-        keys = (_folded(str(sorted(row.items(), key=str))) for row in rows)
+        keys = (folded(str(sorted(row.items(), key=str))) for row in rows)
     for i, key in enumerate(keys):
         place, bound = _place(seed, str(key)), 0.0
         side = next(reversed(list(fractions)))
@@ -179,7 +183,8 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text without what makes no difference: case and white space."""
     return " ".join(text.casefold().split())
 
 

@@ -200,7 +200,7 @@ def prompts(
         if not ids:
             account.drop("empty", i)
         elif len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", i, shown)
         else:
             made.append(Prompt(ids, shown, row))
     return made, account.close(len(made))

@@ -5,25 +5,34 @@ Every function records its account (rows read, kept, dropped and why) in the run
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from datasets import Dataset
 
 from upslope.algo.random import permutation
-from upslope.config import Data, Task
+from upslope.config import Data, Recipe, Task
 from upslope.config.recipe import PROMPT
 from upslope.errors import DataError
 from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
 from upslope.text import cleaning, prepare
+from upslope.text.near import without_near
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.run import Run
 
 Splits = dict[str, Dataset]
 
 
-def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
+class Book(Protocol):
+    """Where accounts are written: a run, or the screen of `upslope data`."""
+
+    recipe: Recipe
+
+    def account(self, text: str, stage: str | None = None, examples: Sequence[str] = ()) -> None: ...
+
+
+def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     """Read, clean and split the rows: train, valid, test. `rows` (a dataset or list) stands in for data.rows."""
     task = run.recipe.task
     source = rows if rows is not None else resolve(data.rows)
@@ -43,15 +52,26 @@ def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
         required=list(dict.fromkeys(required)),
         equal=() if data.text else required,
     )
-    run.account(f"rows: {account}")
+    run.account(f"rows: {account}", None, account.examples())
     table = with_task(table, task, name)
+    if data.near is not None:
+        table, account = without_near(table, compared_column(run.recipe), data.near)
+        run.account(f"near duplicates: {account}", None, account.examples())
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
     splits, account = cleaning.split(
         table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt
     )
-    run.account(f"split: {account}")
+    run.account(f"split: {account}", None, account.examples())
     # in an order of their own, so that the first n of a side are a sample of all its groups
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
+
+
+def compared_column(recipe: Recipe) -> str:
+    """The column whose texts say whether two rows are alike: what a row is about, not the frame around it."""
+    data = recipe.data
+    column = data.text or recipe.task.source_column or data.prompt or data.messages or data.chosen
+    assert column is not None  # [data] names one
+    return column
 
 
 def with_task(table: Dataset, task: Task, name: str) -> Dataset:
@@ -79,7 +99,7 @@ def _as_text(value: Any) -> str | list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
-def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
+def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
     data, reference = run.recipe.data, run.recipe.task.reference
     if data.text:
         made = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
@@ -95,12 +115,12 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
             f"[{stage}] has nothing to learn from", "set data.text, data.messages, or prompt and completion"
         )
     examples, account = made
-    run.account(f"{side} examples: {account}", stage)
+    run.account(f"{side} examples: {account}", stage, account.examples())
     return examples
 
 
 def preference_pairs(
-    run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int
+    run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int
 ) -> list[prepare.Pair]:
     """Pairs for a stage: from chosen and rejected columns, or whole texts from the labels of one group's rows."""
     data = run.recipe.data
@@ -114,7 +134,7 @@ def preference_pairs(
             max_tokens=data.max_tokens,
             margin=data.margin,
         )
-        run.account(f"{side} pairs: {account}", stage)
+        run.account(f"{side} pairs: {account}", stage, account.examples())
         return pairs
     if not (data.text and data.label and data.prefer):
         raise DataError(f"[{stage}] needs texts to pair", "set data.text beside data.label and data.prefer")
@@ -122,17 +142,18 @@ def preference_pairs(
     found, account = prepare.pairs(
         rows, text=data.text, label=data.label, prefer=data.prefer, group=data.group, per_group=per_group, seed=seed
     )
-    run.account(f"{side} pairs: {account}", stage)
+    run.account(f"{side} pairs: {account}", stage, account.examples())
     pairs, account = prepare.label_pairs(found, rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     if account.dropped:
-        run.account(f"{side} pairs: {account}", stage)
+        run.account(f"{side} pairs: {account}", stage, account.examples())
     return pairs
 
 
-def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:
-    """Prompts that leave room for the completions of a stage, rl or expert, within data.max_tokens."""
+def make_prompts(run: Book, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:
+    """Prompts that leave room for the completions of a stage within data.max_tokens: those that it samples, else those
+    that are measured."""
     data = run.recipe.data
-    room = data.max_tokens - getattr(run.recipe, stage).max_tokens
+    room = data.max_tokens - (getattr(getattr(run.recipe, stage), "max_tokens", None) or run.recipe.max_completion)
     prompts, account = prepare.prompts(
         rows,
         tokenizer,
@@ -142,5 +163,5 @@ def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage
         messages=data.messages if not data.prompt else None,
         max_tokens=room,
     )
-    run.account(f"{side} prompts: {account}", stage)
+    run.account(f"{side} prompts: {account}", stage, account.examples())
     return prompts

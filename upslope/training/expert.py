@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +116,7 @@ def run_expert(
     tokenizer: Tokenizer,
     episodes: Sequence[Episode],
     prompts: int,
+    at_end: Callable[[int], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Fit a model to what is kept of the samples, the first `prompts` prompts' to learn from, the others' to watch.
 
@@ -128,7 +129,7 @@ def run_expert(
     if load_checkpoint(run.stage_folder(STAGE) / "checkpoints") is None:  # else the log has it already
         record_best_of(run, cfg, train)
     fit = Supervised(steps=cfg.steps, batch=cfg.batch, freeze_layers=cfg.freeze_layers, optim=cfg.optim)
-    return run_supervised(run, STAGE, fit, model, tokenizer, examples, watched)
+    return run_supervised(run, STAGE, fit, model, tokenizer, examples, watched, at_end)
 
 
 def examples_of(run: Run, cfg: Expert, episodes: Sequence[Episode], side: str) -> list[Example]:

@@ -30,7 +30,7 @@ function header() {
 function verdict() {
   const table = data.tables.find(t => t.columns.includes("change"));
   if (!table) { make("p", "verdict", "The run has not come to its closing evaluation yet."); return; }
-  const moved = table.rows.filter(r => /^(reward|judge)/.test(r[0])).map(r => {
+  const moved = table.rows.filter(r => /^(task|reward|judge)/.test(r[0])).map(r => {
     const m = r[r.length - 1].match(/^(\S+) \[(\S+), (\S+)\]$/);
     if (!m) return null;
     const low = +m[2], high = +m[3];

@@ -61,7 +61,7 @@ def fake_index(tmp_path, monkeypatch):
             archive.writestr("thing/data/rows.csv", "a,b\n1,2\n")
         return wheel
 
-    monkeypatch.setattr(sources, "download_wheel", download)
+    monkeypatch.setitem(sources.DOWNLOADS, "pypi", download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return downloads
 

@@ -38,6 +38,7 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(f"{REWARDS}.answers:accuracy", True),
     "macro_f1": Metric(None, True, set="macro_f1"),
     "edit_similarity": Metric(f"{REWARDS}.answers:edit_similarity", True),
+    "verifier": Metric(f"{REWARDS}.verifier:verifier", False),
     "similarity": Metric("similarity", True),  # a model, loaded by the trainer
     "vader": Metric(f"{REWARDS}.metrics:vader", False, higher=None),
     "length_words": Metric(f"{REWARDS}.metrics:length_words", False, higher=None),

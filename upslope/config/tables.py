@@ -244,7 +244,5 @@ class Evaluation(Table):
     samples_every: Positive = 5  # rl steps between samples in the report
     every: Count = 10  # rl steps between measurements of [task]; 0: only at the end
     watched: Positive = 64  # prompts of each of them
-    max_tokens: Positive | None = (
-        None  # of a completion that is measured; default: rl's, else expert's, else at most 64
-    )
+    max_tokens: Positive | None = None  # of a completion that is measured; default: rl's, expert's, or 64
     temperature: Rate | None = None  # of its sampling, 0 takes the most probable token; default: rl's, else 1

@@ -111,7 +111,7 @@ class LoadedModel:
     ) -> list[str]:
         """Continue each prompt; with several samples, those of the first prompt come first. Temperature 0 is greedy."""
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop))
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return [self.tokenizer.decode(c.ids) for c in self.complete(ids, sampling, samples=samples, seed=seed)]
 
     def chat(
@@ -146,8 +146,8 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     path = model_source(str(source))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
-    tokenizer = Tokenizer.load(resolve(path))
     model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
+    tokenizer = Tokenizer.load(resolve(path), for_sources=model.needs_source)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(

@@ -64,6 +64,8 @@ STRIKES = [
     ("scratch-decoder", "files", 0.1, "full-disk"),
     ("scratch-lstm", "log-probs", 0.8, "sigkill"),
     ("scratch-lstm", "update", 0.6, "sigterm"),
+    ("scratch-encdec", "generation", 0.5, "sigkill"),
+    ("scratch-encdec", "log-probs", 0.7, "sigterm"),
 ]
 
 

@@ -59,6 +59,7 @@ SHAPE = {"width": 16, "layers": 2, "context": 64, "vocab": 300}
 SCRATCH: Mapping[str, dict[str, Any]] = {
     "scratch-decoder": SHAPE | {"kind": "decoder", "heads": 4},
     "scratch-lstm": SHAPE | {"kind": "lstm"},
+    "scratch-encdec": SHAPE | {"kind": "encdec", "heads": 4},
 }
 VARIANTS = (*LONG, *ALGORITHMS, *STAGES, *SCRATCH)
 

@@ -37,6 +37,7 @@ MAX_KL = 0.05  # nats a token, beyond which a rollout is used no further; the tr
 KINDS = {
     "decoder": Scratch(width=32, layers=2, heads=4, kv_heads=2, ffn_width=64, context=16, tied=False),
     "lstm": Scratch(kind="lstm", width=32, layers=1, context=16, tied=False),
+    "encdec": Scratch(kind="encdec", width=32, layers=1, heads=4, ffn_width=64, context=16, tied=False),
 }
 
 # algorithm or variant -> what its recipe says beyond the algorithm's row

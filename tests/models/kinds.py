@@ -15,9 +15,11 @@ SCRATCH: dict[str, dict[str, object]] = {
     "decoder-untied": SHAPE | {"kind": "decoder", "heads": 4, "tied": False},
     "lstm": SHAPE | {"kind": "lstm"},
     "lstm-untied": SHAPE | {"kind": "lstm", "tied": False, "layers": 1},
+    "encdec": SHAPE | {"kind": "encdec", "heads": 4},
+    "encdec-untied": SHAPE | {"kind": "encdec", "heads": 2, "tied": False, "layers": 1},
     "lstm-deep": SHAPE | {"kind": "lstm", "layers": 3},
 }
-SCALES = {"decoder": 8.0, "lstm": 8.0}  # weights so large that what is predicted is far from uniform
+SCALES = {"decoder": 8.0, "lstm": 8.0, "encdec": 6.0}  # weights so large that what is predicted is far from uniform
 
 
 def tiny(name: str, seed: int = 0, scale: float | None = None) -> Trunk:

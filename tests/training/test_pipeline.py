@@ -203,7 +203,7 @@ def raises(prompts, completions, rows):
         ({"rows": []}, DataError, "there are no rows"),
         ({"model": "nowhere/at/all"}, DataError, "no such file"),
         ({"over": ["data.min_chars=9999"]}, DataError, "no rows left"),
-        ({"over": ["rl.max_tokens=63", "data.max_tokens=200"]}, DataError, "exceed the model's context of 64"),
+        ({"over": ["rl.max_tokens=63", "data.max_tokens=200"]}, DataError, "exceeds the model's context of 64"),
         ({"over": ["sft.freeze_layers=3"]}, RecipeError, "the model has 2 blocks"),
         ({"over": ["data.max_tokens=3", "rl.max_tokens=2"]}, DataError, "no examples left"),
     ],

@@ -36,9 +36,9 @@ class Table(BaseModel):
 class Scratch(Table):
     """A model from random weights, with a byte-level tokenizer that is trained on the training side of the data."""
 
-    kind: Literal["decoder", "lstm"] = "decoder"
+    kind: Literal["decoder", "lstm", "encdec"] = "decoder"
     width: Positive = 256
-    layers: Positive = 4
+    layers: Positive = 4  # of an encoder-decoder: in each of the two
     heads: Positive | None = None  # default: one for 64 of width
     kv_heads: Positive | None = None  # default: as many as heads
     ffn_width: Positive | None = None  # default: 8/3 of width
@@ -58,6 +58,8 @@ class Scratch(Table):
             raise ValueError(f"width = {self.width} does not divide among {heads} heads: set heads to a divisor")
         if heads % (self.kv_heads or heads):
             raise ValueError(f"{heads} heads do not divide among kv_heads = {self.kv_heads}: set a divisor of heads")
+        if self.kind == "encdec" and self.kv_heads not in (None, heads):
+            raise ValueError(f"kv_heads = {self.kv_heads} has no place in an encoder-decoder: remove it")
         if self.width // heads % 2:
             raise ValueError(f"width = {self.width} of {heads} heads gives each an odd share: set fewer heads")
         return self

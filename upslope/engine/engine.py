@@ -12,7 +12,7 @@ from upslope.engine.sampling import choose, log_distribution
 from upslope.engine.scheduler import Admission, Scheduler
 from upslope.engine.types import Completion, Finish, Request
 from upslope.errors import DataError, Interrupted, RunError
-from upslope.models.trunk import Cache, Runner, Trunk
+from upslope.models.trunk import Cache, Runner, Trunk, tokens_seen
 from upslope.ragged import Ragged
 
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
@@ -153,7 +153,7 @@ class Engine:
             length, limit = len(request.prompt_ids), request.sampling.max_tokens
             if not length:
                 raise DataError(f"prompt {number} has no tokens", "give it at least one, or a BOS")
-            if length + limit > context:
+            if tokens_seen(self.runner.needs_source, length, limit) > context:
                 raise DataError(
                     f"prompt {number} has {length} tokens and may get {limit} more; the model's context is {context}",
                     "shorten the prompt or lower max_tokens",

@@ -20,26 +20,35 @@ LIMITS = {
     "head_dim": 1 << 14,
     "ffn_width": 1 << 24,
     "context": 1 << 24,
+    "buckets": 1 << 12,
+    "max_distance": 1 << 24,
 }
+ABOVE_0 = ("norm_eps", "rope_base")
 
 
 def check_field(name: str, value: object, where: Path) -> None:
-    """Raise ModelError for a number that is none of its kind; what has no limit in the table is a bool."""
+    """Raise ModelError for a size, a number or a bool that is none, or is beyond what can be."""
     limit = LIMITS.get(name)
-    if limit is None and not isinstance(value, bool):
+    if limit is not None:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise _wrong(where, name, value, f"a whole number from 1 to {limit}")
+    elif name in ABOVE_0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise _wrong(where, name, value, "a number above 0")
+    elif not isinstance(value, bool):
         raise _wrong(where, name, value, "true or false")
-    if limit and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit):
-        raise _wrong(where, name, value, f"a whole number from 1 to {limit}")
+
+
+def check_sizes(config: object, where: Path) -> None:
+    """Raise ModelError for the first size or number of a configuration that cannot be."""
+    for name in (*LIMITS, *ABOVE_0):
+        if hasattr(config, name):
+            check_field(name, getattr(config, name), where)
 
 
 def check_numbers(config: DecoderConfig, where: Path) -> None:
-    """Raise ModelError for the first number that cannot be."""
-    for name in LIMITS:
-        check_field(name, getattr(config, name), where)
-    for name in ("norm_eps", "rope_base"):
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise _wrong(where, name, value, "a number above 0")
+    """Raise ModelError for the first number of a decoder that cannot be."""
+    check_sizes(config, where)
     if config.heads % config.kv_heads:
         raise _wrong(where, "kv_heads", config.kv_heads, f"a divisor of the {config.heads} heads")
     if config.position == "rope" and config.head_dim % 2:

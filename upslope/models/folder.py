@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from upslope.errors import ModelError
 from upslope.models.checks import check_field, reading
-from upslope.models.hf import read_config, read_safetensors
+from upslope.models.hf import read_config
 from upslope.models.trunk import Trunk
+from upslope.models.weights import fill, read_weights
 
 Made = TypeVar("Made", bound=Trunk)
 
@@ -41,15 +41,6 @@ def load_folder(folder: Path, made: Callable[[Any], Made], config: type, dtype: 
         check_field(name, value, folder)
     with torch.device("meta"), reading(folder):
         model = made(config(**raw))
-    state: dict[str, Tensor] = {}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, tensor in read_safetensors(folder):
-        if expected.get(name) != tensor.shape:
-            seen, wanted = ("x".join(map(str, s)) for s in (tensor.shape, expected.get(name, ())))
-            raise ModelError(f"{folder}: weight {name} is {seen}, expected {wanted or 'none'}", "fetch it again")
-        state[name] = tensor.to(dtype).contiguous()
-    missing = [name for name in expected if name not in state]
-    if missing:
-        raise ModelError(f"{folder}: {len(missing)} weights are missing, the first {missing[0]}", "fetch it again")
-    model.load_state_dict(state, assign=True)
+    weights = dict(read_weights(folder))
+    fill(model, weights, {name: name for name in model.state_dict()}, dtype, folder)
     return model

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from upslope.models.checks import check_numbers, reading
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.gguf import read_gguf
 from upslope.models.names import GGUF, HUGGING_FACE, Names
+from upslope.models.weights import read_weights, report_differences
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -38,7 +38,6 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-SHOWN = 10  # names printed of a difference
 
 
 def load_decoder(path: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -54,7 +53,7 @@ def load_decoder(path: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
             f"{path}: architecture {raw['model_type']!r:.80} is not known", f"known: {', '.join(HUGGING_FACE)}"
         )
     config = decoder_config(raw, path)
-    return _build(config, read_safetensors(path), HUGGING_FACE[raw["model_type"]], dtype, path)
+    return _build(config, read_weights(path), HUGGING_FACE[raw["model_type"]], dtype, path)
 
 
 def download(source: str) -> Path:
@@ -242,27 +241,6 @@ def _window(raw: Mapping[str, Any], where: Path) -> int | None:
     return None if types == {"full_attention"} else int(window)
 
 
-def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a folder's safetensors files, one at a time."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        with reading(index):
-            files = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    else:
-        files = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder} has no model.safetensors", "upslope reads no pickled weights: save it as safetensors"
-        )
-    for name in files:
-        try:
-            with safe_open(folder / name, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    yield key, tensors.get_tensor(key)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{folder / name} is damaged or cut short: {error}", "fetch or write it again") from None
-
-
 def _build(
     config: DecoderConfig, weights: Iterator[tuple[str, Tensor]], names: Names, dtype: torch.dtype, where: Path
 ) -> Decoder:
@@ -287,10 +265,7 @@ def _build(
                 wrong.append(f"{name} is {seen}, expected {wanted}")
             state[part] = value.to(dtype).contiguous()
     missing = [table.get(name, name) for name in expected if name not in state]
-    problems = [f"{len(p)} {label}: {_some(p)}" for label, p in (("missing", missing), ("extra", extra)) if p]
-    if problems or wrong:
-        what = "; ".join([*problems, *([f"{len(wrong)} of another shape: {_some(wrong)}"] if wrong else [])])
-        raise ModelError(f"{where}: weights do not fit the configuration; {what}", "use the model's own config.json")
+    report_differences(missing, extra, wrong, where)
     model.load_state_dict(state, assign=True)
     return model
 
@@ -303,7 +278,3 @@ def _split(ours: str, tensor: Tensor, config: DecoderConfig) -> dict[str, Tensor
     if len(tensor) != sum(sizes):
         return {ours: tensor}
     return {ours.replace(".qkv.", f".{n}."): part for n, part in zip("qkv", tensor.split(sizes), strict=True)}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

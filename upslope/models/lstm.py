@@ -137,6 +137,8 @@ class LSTMCache:
 class LSTMRunner:
     """Prefill and single steps of an LSTM, without gradients."""
 
+    needs_source = False
+
     @torch.no_grad()
     def __init__(self, model: LSTM, *, dtype: torch.dtype) -> None:
         self.config = model.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import torch
 from upslope.config import Scratch
 from upslope.errors import ModelError
 from upslope.models.decoder import Decoder, DecoderConfig
+from upslope.models.encdec import EncDec, EncDecConfig
+from upslope.models.encdec_hf import ARCHITECTURES, load_encdec, save_encdec
+from upslope.models.encdec_runner import EncDecRunner
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
 from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
 from upslope.models.names import HUGGING_FACE
 from upslope.models.runner import DecoderRunner
+from upslope.models.stack import StackConfig
 from upslope.models.trunk import Runner, Trunk
 
 
@@ -52,25 +56,37 @@ def _new_lstm(shape: Scratch, vocab_size: int) -> LSTM:
     return LSTM(LSTMConfig(vocab_size, shape.width, shape.layers, shape.context, shape.tied))
 
 
+def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
+    """Of T5 1.1's shape, its logits not scaled. 0 and 1 are the BOS and EOS of a tokenizer that is trained here."""
+    heads = shape.heads or max(1, shape.width // 64)
+    encoder = StackConfig(
+        width=shape.width,
+        layers=shape.layers,
+        heads=heads,
+        head_dim=shape.width // heads,
+        ffn_width=shape.ffn_width or 8 * -(-shape.width // 3),
+        context=shape.context,
+    )
+    decoder = replace(encoder, across=True)
+    return EncDec(EncDecConfig(vocab_size, encoder, decoder, tied=shape.tied, scale_logits=False, bos_id=0))
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
     "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
+    "encdec": Kind(EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec),
 }
 
 
 def load_model(source: Path | str, *, dtype: torch.dtype = torch.float32) -> Trunk:
     """A model of any kind from a folder in Hugging Face layout, a .gguf file or a hub id. Raises ModelError."""
-    path = Path(source)
-    if not path.exists():
-        path = download(str(source))
-    if path.is_file():
-        return load_decoder(path, dtype=dtype)
-    raw = read_config(path)
-    for kind in KINDS.values():
-        if raw["model_type"] in kind.model_types:
-            return kind.load(path, dtype=dtype)
-    known = ", ".join(name for kind in KINDS.values() for name in kind.model_types)
-    raise ModelError(f"{path}: architecture {raw['model_type']!r:.80} is not known", f"known: {known}")
+    path = _local(source)
+    return _kind_at(path).load(path, dtype=dtype)
+
+
+def needs_source(source: Path | str) -> bool:
+    """Whether the model there reads its prompts as sources, by its configuration alone. Raises ModelError."""
+    return _kind_at(_local(source)).trunk.needs_source
 
 
 def save_model(model: Trunk, folder: Path) -> None:
@@ -93,3 +109,20 @@ def _kind_of(model: Any) -> Kind:
         if type(model) is kind.trunk:
             return kind
     raise ModelError(f"{type(model).__name__} is no model kind", f"known: {', '.join(KINDS)}")
+
+
+def _local(source: Path | str) -> Path:
+    path = Path(source)
+    return path if path.exists() else download(str(source))
+
+
+def _kind_at(path: Path) -> Kind:
+    """The kind of the model in a folder or file. Raises ModelError for an architecture that none is."""
+    if path.is_file():
+        return KINDS["decoder"]
+    model_type = read_config(path)["model_type"]
+    for kind in KINDS.values():
+        if model_type in kind.model_types:
+            return kind
+    known = ", ".join(name for kind in KINDS.values() for name in kind.model_types)
+    raise ModelError(f"{path}: architecture {model_type!r:.80} is not known", f"known: {known}")

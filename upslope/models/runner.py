@@ -80,6 +80,8 @@ class Layer:
 class DecoderRunner:
     """Prefill and single steps of a decoder, without gradients."""
 
+    needs_source = False
+
     @torch.no_grad()
     def __init__(self, model: Decoder, *, dtype: torch.dtype) -> None:
         self.config: DecoderConfig = model.config

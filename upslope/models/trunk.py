@@ -25,8 +25,8 @@ class Shape(Protocol):
 class Trunk(nn.Module):
     """Hidden states of ragged batches, and the projection that makes logits of them.
 
-    blocks: the layers from the lowest up, as freeze_layers counts them; what stands below them is named embed or
-    position. Parameters stay in their own dtype; products are in compute_dtype. No dropout.
+    blocks: the layers from the lowest up, as freeze_layers counts them; what stands below them is named embed, position
+    or embed_norm. Parameters stay in their own dtype; products are in compute_dtype. No dropout.
     """
 
     needs_source: ClassVar[bool] = False  # every prompt must be a parent row, its completion the child
@@ -55,6 +55,11 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
 
+def tokens_seen(needs_source: bool, prompt: int, completion: int) -> int:
+    """How many tokens a context must hold: a source and what is written to it have one each."""
+    return max(prompt, completion) if needs_source else prompt + completion
+
+
 class Cache(Protocol):
     """What a runner keeps of each slot's tokens; live slots are always 0 to n - 1."""
 
@@ -66,6 +71,7 @@ class Cache(Protocol):
 class Runner(Protocol):
     """A trunk for generation, without gradients, its weights copied in the dtype of products."""
 
+    needs_source: bool  # as the trunk's
     config: Any  # a Shape
     device: torch.device
     output_weight: Tensor

@@ -6,14 +6,16 @@ Every function returns (what was made, Account) and raises DataError, naming the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 
 from upslope.algo.random import stream
+from upslope.errors import DataError
 from upslope.text.cleaning import Account, row_numbers
+from upslope.text.openings import Words, opened, word_count
 from upslope.text.tokenizer import Tokenizer
 
 
@@ -41,15 +43,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion starts from: ids, the text they stand for, and the whole row for rewards to read."""
+    """What a completion starts from: ids, the text they stand for, and the whole row, by its number, for rewards."""
 
     ids: list[int]
     text: str
     row: dict[str, Any]
+    number: int = field(default=0, compare=False)
 
 
 def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[list[Example], Account]:
-    """Whole texts, an EOS behind each; every token is learned."""
+    """Whole texts, an EOS behind each; every token is learned. Raises DataError for a model that reads sources."""
+    _refuse_sources(tokenizer, "whole texts", "set data.prompt and data.completion, or data.prompt_words")
     made = [[*tokenizer.encode(value), tokenizer.eos_id] for value in rows[text]]
     return _fitting(rows, made, [[True] * len(ids) for ids in made], max_tokens)
 
@@ -58,14 +62,30 @@ def completion_examples(
     rows: Dataset, tokenizer: Tokenizer, *, prompt: str, completion: str, max_tokens: int
 ) -> tuple[list[Example], Account]:
     """Prompt and completion, of several the first; the completion and its EOS are learned."""
+    ends = (end[0] if isinstance(end, list) and end else end for end in rows[completion])
+    return _continued(rows, zip(rows[prompt], ends, strict=True), tokenizer, max_tokens)
+
+
+def opening_examples(
+    rows: Dataset, tokenizer: Tokenizer, *, text: str, words: Words, max_tokens: int, seed: int = 0
+) -> tuple[list[Example], Account]:
+    """The first words of a text (those that `prompts` takes) as a source, and the rest as what is written to it."""
+    parts = (opened(value, word_count(value, words, seed)) for value in rows[text])
+    return _continued(rows, parts, tokenizer, max_tokens)
+
+
+def _continued(
+    rows: Dataset, parts: Iterable[tuple[str | None, str | None]], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[list[Example], Account]:
     made, trained = [], []
-    for start, end in zip(rows[prompt], rows[completion], strict=True):
-        first = tokenizer.encode(start or "")
-        text = end[0] if isinstance(end, list) and end else end
-        second = [*tokenizer.encode(text or "", special=False), tokenizer.eos_id]
-        made.append([*first, *second])
-        trained.append([False] * len(first) + [True] * len(second))
-    return _fitting(rows, made, trained, max_tokens)
+    for start, end in parts:
+        first = tokenizer.encode_prompt(start or "")
+        second = [*tokenizer.encode(end or "", special=False), tokenizer.eos_id]
+        without = tokenizer.for_sources and not first
+        made.append([] if without else [*first, *second])
+        trained.append([] if without else [False] * len(first) + [True] * len(second))
+    empty = "with an empty source" if tokenizer.for_sources else "empty or malformed"
+    return _fitting(rows, made, trained, max_tokens, empty)
 
 
 def chat_examples(
@@ -124,6 +144,8 @@ def pair_examples(
 
     What is no text or no number is dropped, and pairs too long, with two equal sides, or with nothing to learn in one.
     """
+    if not prompt:
+        _refuse_sources(tokenizer, "pairs of whole texts", "set data.prompt")
     account = Account(len(rows), unit="pairs")
     made: list[Pair] = []
     starts = rows[prompt] if prompt else [""] * len(rows)
@@ -137,7 +159,10 @@ def pair_examples(
         if number is None:
             account.drop(f"whose {margin} is no number", i)
             continue
-        first = tokenizer.encode(start or "") if prompt else []
+        first = tokenizer.encode_prompt(start or "") if prompt else []
+        if tokenizer.for_sources and not first:
+            account.drop("with an empty source", i)
+            continue
         one, two = ([*first, *tokenizer.encode(t, special=not prompt), tokenizer.eos_id] for t in (better, other))
         _add_pair(made, account, i, Pair(one, two, len(first), number), max_tokens)
     return made, account.close(len(made))
@@ -147,6 +172,7 @@ def label_pairs(
     found: Sequence[tuple[int, int]], rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int
 ) -> tuple[list[Pair], Account]:
     """Pairs of whole texts from (better row, other row), an EOS behind each; dropped as by `pair_examples`."""
+    _refuse_sources(tokenizer, "pairs of whole texts", "set data.chosen, data.rejected and data.prompt")
     account = Account(len(found), unit="pairs")
     texts, numbers = rows[text], row_numbers(rows)
     ids = {
@@ -165,7 +191,7 @@ def prompts(
     max_tokens: int,
     prompt: str | None = None,
     text: str | None = None,
-    words: int | tuple[int, int] | None = None,
+    words: Words | None = None,
     messages: str | None = None,
     seed: int = 0,
 ) -> tuple[list[Prompt], Account]:
@@ -175,7 +201,6 @@ def prompts(
     """
     account = Account(len(rows), unit="prompts")
     made = []
-    low, high = (words, words) if isinstance(words, int) else (words or (0, 0))
     for i, row in zip(row_numbers(rows), rows, strict=True):
         if prompt and not isinstance(row[prompt] or "", str):
             account.drop("that are no text", i)
@@ -183,12 +208,11 @@ def prompts(
         if prompt:
             shown = row[prompt] or ""
         elif text:
-            count = int(stream(seed, "words", row[text]).integers(low, high + 1))
-            parts = row[text].split()
-            if len(parts) <= count:
+            count = word_count(row[text], words, seed)
+            shown, rest = opened(row[text], count)
+            if not rest:
                 account.drop(f"with no more than {count} words", i)
                 continue
-            shown = " ".join(parts[:count])
         elif not _is_chat(row[messages]):
             account.drop("without turns of role and content", i)
             continue
@@ -196,18 +220,27 @@ def prompts(
             turns = row[messages]
             turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
             shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        ids = tokenizer.chat(turns) if messages and not prompt and not text else tokenizer.encode(shown)
+        ids = tokenizer.chat(turns) if messages and not prompt and not text else tokenizer.encode_prompt(shown)
         if not ids:
-            account.drop("empty", i)
+            account.drop("with an empty source" if tokenizer.for_sources else "empty", i)
         elif len(ids) > max_tokens:
             account.drop(f"longer than {max_tokens} tokens", i, shown)
         else:
-            made.append(Prompt(ids, shown, row))
+            made.append(Prompt(ids, shown, row, i))
     return made, account.close(len(made))
 
 
+def _refuse_sources(tokenizer: Tokenizer, what: str, remedy: str) -> None:
+    if tokenizer.for_sources:
+        raise DataError(f"an encoder-decoder cannot learn from {what}: there is nothing for its encoder", remedy)
+
+
 def _fitting(
-    rows: Dataset, made: Sequence[list[int]], trained: Sequence[list[bool]], max_tokens: int
+    rows: Dataset,
+    made: Sequence[list[int]],
+    trained: Sequence[list[bool]],
+    max_tokens: int,
+    empty: str = "empty or malformed",
 ) -> tuple[list[Example], Account]:
     account = Account(len(made), unit="examples")
     kept = []
@@ -215,7 +248,7 @@ def _fitting(
         if len(ids) > max_tokens:
             account.drop(f"longer than {max_tokens} tokens", number)
         elif not ids:
-            account.drop("empty or malformed", number)
+            account.drop(empty, number)
         elif len(ids) < 2 or not any(learned[1:]):
             account.drop("with nothing to learn", number)
         else:

@@ -22,15 +22,19 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """One tokenizer of transformers, with the few answers that training needs."""
+    """One tokenizer of transformers, with the few answers that training needs.
 
-    def __init__(self, inner: Any, source: str) -> None:
+    for_sources: a prompt is a source that an encoder reads, so that it is encoded as the tokenizer encodes a text.
+    """
+
+    def __init__(self, inner: Any, source: str, *, for_sources: bool = False) -> None:
         if inner.eos_token_id is None:
             raise DataError(
                 f"the tokenizer of {source} has no EOS token", "set eos_token: without it nothing learns to end"
             )
         self.inner = inner
         self.source = source
+        self.for_sources = for_sources
         self.eos_id: int = int(inner.eos_token_id)
         self.bos_id: int | None = None if inner.bos_token_id is None else int(inner.bos_token_id)
         self.vocab_size: int = len(inner)
@@ -40,7 +44,7 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @staticmethod
-    def load(source: Path | str) -> Tokenizer:
+    def load(source: Path | str, *, for_sources: bool = False) -> Tokenizer:
         """From a folder in Hugging Face layout, a .gguf file or a hub id. Raises DataError."""
         path = Path(source)
         logging.set_verbosity_error()
@@ -58,13 +62,24 @@ class Tokenizer:
             raise DataError(
                 f"no usable tokenizer in {source}: {reason}", "name a folder with tokenizer.json, or a whole .gguf"
             ) from None
-        return Tokenizer(inner, str(source))
+        return Tokenizer(inner, str(source), for_sources=for_sources)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text, with the one BOS in front that the model wants (none for `special` False), never an EOS."""
         ids: list[int] = self.inner.encode(text, add_special_tokens=False)
         if special and self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of what a completion is written to.
+
+        A source gets all that the tokenizer puts around a text (T5: an EOS, BART: a BOS and an EOS), and one without
+        text is empty: there is nothing for an encoder to read.
+        """
+        if not self.for_sources:
+            return self.encode(text)
+        ids: list[int] = self.inner.encode(text, add_special_tokens=True) if text.strip() else []
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:

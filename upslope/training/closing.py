@@ -45,6 +45,7 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
         for number, (_, source) in enumerate(contenders):
             policy = p.trunk(source, trained=False)
             start = start or policy
+            p.require_room(policy, "test", prompts)
             p.run.progress("eval", 0.1 + number, len(contenders) + 0.5, "generate")
             episodes = trial.sampled(p.run, p.engine(policy, number), draw)
             p.run.progress("eval", 0.7 + number, len(contenders) + 0.5, "judges")

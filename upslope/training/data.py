@@ -5,7 +5,7 @@ Every function records its account (rows read, kept, dropped and why) in the run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -14,6 +14,7 @@ from upslope.algo.random import permutation
 from upslope.config import Data, Recipe, Task
 from upslope.config.recipe import PROMPT
 from upslope.errors import DataError
+from upslope.models.trunk import Trunk, tokens_seen
 from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
 from upslope.text import cleaning, prepare
@@ -101,7 +102,11 @@ def _as_text(value: Any) -> str | list[str]:
 
 def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
     data, reference = run.recipe.data, run.recipe.task.reference
-    if data.text:
+    if data.text and data.prompt_words and tokenizer.for_sources:
+        made = prepare.opening_examples(
+            rows, tokenizer, text=data.text, words=data.prompt_words, max_tokens=data.max_tokens
+        )
+    elif data.text:
         made = prepare.text_examples(rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     elif data.messages:
         made = prepare.chat_examples(rows, tokenizer, messages=data.messages, max_tokens=data.max_tokens)
@@ -147,6 +152,18 @@ def preference_pairs(
     if account.dropped:
         run.account(f"{side} pairs: {account}", stage, account.examples())
     return pairs
+
+
+def require_room(model: Trunk, side: str, parts: Iterable[tuple[int, int, int]]) -> None:
+    """Check (row, prompt tokens, completion tokens) against the context. Raises DataError for the first too long."""
+    context = model.config.context
+    for row, prompt, completion in parts:
+        if tokens_seen(model.needs_source, prompt, completion) > context:
+            raise DataError(
+                f"row {row} of the {side} side, {prompt} tokens to start from and {completion} to write, exceeds the "
+                f"model's context of {context}",
+                "lower data.max_tokens, which drops such rows, or the stage's max_tokens",
+            )
 
 
 def make_prompts(run: Book, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:

@@ -68,7 +68,7 @@ class LikelihoodSource:
         """Nothing to end: the model lives in this process."""
 
     def _example(self, episode: Episode, row: int) -> Example:
-        first = self.tokenizer.encode(episode.prompt)
+        first = self.tokenizer.encode_prompt(episode.prompt)
         second = self.tokenizer.encode(episode.completion, special=False)
         second = [*second, self.tokenizer.eos_id] if episode.terminal else second
         return Example([*first, *second], [False] * len(first) + [True] * len(second), row)

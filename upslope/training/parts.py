@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,9 @@ from upslope.models.open import load_model, make_runner
 from upslope.models.trunk import Trunk
 from upslope.rewards.language import language
 from upslope.sources import resolve
+from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import Splits, make_prompts
+from upslope.training.data import Splits, make_prompts, require_room
 from upslope.training.export import load_reward_model
 from upslope.training.heldout import MetricSource, TaskMetrics, Watched
 from upslope.training.judges import LikelihoodSource, SimilaritySource
@@ -79,6 +80,10 @@ class Pipeline:
                 f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
+        if model.needs_source != self.tokenizer.for_sources:
+            kinds = ("an encoder-decoder", "a model without an encoder")
+            found, wanted = kinds if model.needs_source else kinds[::-1]
+            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
         model.compute_dtype = self.run.dtype
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
@@ -103,7 +108,8 @@ class Pipeline:
             judge = load_model(resolve(argument), dtype=self.run.dtype)
             judge.compute_dtype = self.run.dtype
             judge.to(self.run.device).requires_grad_(False)
-            return LikelihoodSource(label, judge, Tokenizer.load(resolve(argument)), budget, stop)
+            tokenizer = Tokenizer.load(resolve(argument), for_sources=judge.needs_source)
+            return LikelihoodSource(label, judge, tokenizer, budget, stop)
         if word == "language":
             return self.function_source(partial(language, code=argument), label)
         if name == "similarity":
@@ -156,6 +162,10 @@ class Pipeline:
             stop=stop,
         )
 
+    def require_room(self, model: Trunk, side: str, prompts: Sequence[Prompt]) -> None:
+        """Check that measured completions fit a model's context. Raises DataError, with the first row that does not."""
+        require_room(model, side, ((p.number, len(p.ids), self.recipe.max_completion) for p in prompts))
+
     def task_metrics(self) -> TaskMetrics:
         """The metrics of [task]: the named ones in this process, functions of the user's in theirs."""
 
@@ -179,6 +189,8 @@ class Pipeline:
     def measuring(self, stage: str, model: Trunk) -> Iterator[Callable[[int], dict[str, float]] | None]:
         """What measures [task] on a stage's model when that is done, given the number of steps; None without [task]."""
         watched = self.watched(stage)
+        if watched:
+            self.require_room(model, "held-out", watched.prompts)
         try:
             yield partial(watched.measure_model, self, stage, model) if watched else None
         finally:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from upslope.config import Recipe, describe
 from upslope.engine import Engine
-from upslope.errors import DataError, Interrupted, ModelError, UpslopeError
+from upslope.errors import Interrupted, ModelError, UpslopeError
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.open import make_runner
 from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.training.closing import evaluate_run
-from upslope.training.data import make_prompts, preference_pairs, supervised_examples
+from upslope.training.data import make_prompts, preference_pairs, require_room, supervised_examples
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
 from upslope.training.parts import Given, Pipeline
@@ -103,6 +103,8 @@ def _supervised(stage: str) -> Callable[[Pipeline], None]:
         train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
         valid = supervised_examples(p.run, stage, p.held_out, p.tokenizer, "held-out")
         model = p.trunk(p.source_of(stage), trained=True)
+        for side, examples in (("train", train), ("held-out", valid)):
+            require_room(model, side, ((e.row, (n := e.trained.index(True)), len(e.ids) - n) for e in examples))
         with p.measuring(stage, model) as at_end:
             run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid, at_end)
 
@@ -135,13 +137,7 @@ def _rl(p: Pipeline) -> None:
     )
     _check_teacher(rl.teacher, frozen.reference, policy)
     prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
-    longest = max(len(prompt.ids) for prompt in prompts) + rl.max_tokens
-    if longest > policy.config.context:
-        raise DataError(
-            f"prompts of up to {longest - rl.max_tokens} tokens and rl.max_tokens = {rl.max_tokens} exceed the model's "
-            f"context of {policy.config.context}",
-            "lower rl.max_tokens or data.max_tokens",
-        )
+    require_room(policy, "train", ((prompt.number, len(prompt.ids), rl.max_tokens) for prompt in prompts))
     engine = Engine(
         make_runner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,

@@ -16,6 +16,7 @@ from torch import Tensor
 from upslope.algo import reduce
 from upslope.errors import DataError
 from upslope.evaluate import Estimate, interval
+from upslope.models.trunk import Trunk, tokens_seen
 from upslope.text.prepare import Pair
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
@@ -37,7 +38,7 @@ def run_pairs(
     """
     stage = learner.stage
     held_out = valid[: cfg.eval_pairs]
-    _check_context([*train, *held_out], learner.trunk.config.context)
+    _check_context([*train, *held_out], learner.trunk)
     freeze_lowest(learner.trunk, cfg.freeze_layers)
     state = RunState(stage, learner.model, make_optimizer(learner.model, cfg.optim))
     state.restore(run)
@@ -138,8 +139,10 @@ def record_accuracy(run: Run, stage: str, before: dict[str, float], after: dict[
     run.record("table", stage=stage, title=title, columns=["", "before", "after"], rows=rows, note=note)
 
 
-def _check_context(pairs: Sequence[Pair], context: int) -> None:
-    longest = max(len(side) for p in pairs for side in (p.chosen, p.rejected))
+def _check_context(pairs: Sequence[Pair], model: Trunk) -> None:
+    context = model.config.context
+    sides = ((p.prompt_length, len(side) - p.prompt_length) for p in pairs for side in (p.chosen, p.rejected))
+    longest = max(tokens_seen(model.needs_source, *lengths) for lengths in sides)
     if longest > context:
         raise DataError(
             f"a side of a pair has {longest} tokens, the model's context is {context}", "lower data.max_tokens"

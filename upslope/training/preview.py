@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from upslope.config import Recipe, Scratch
+from upslope.models.open import needs_source
 from upslope.sources import resolve
 from upslope.text.near import near_duplicates
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
@@ -71,8 +72,10 @@ def preview(recipe: Recipe, *, examples: int = 2, rows: Any = None, plain: bool 
     tell_near(book, splits)
     if isinstance(recipe.model, Scratch):
         tokenizer = train_tokenizer(texts_of(splits["train"], recipe.data), recipe.model.vocab)
+        tokenizer.for_sources = recipe.model.kind == "encdec"
     else:
-        tokenizer = Tokenizer.load(resolve(recipe.model))
+        source = resolve(recipe.model)
+        tokenizer = Tokenizer.load(source, for_sources=needs_source(source))
     for stage in recipe.stages:
         show_stage(book, stage, splits, tokenizer, examples)
 
@@ -113,7 +116,7 @@ def show_stage(book: Preview, stage: str, splits: Splits, tokenizer: Tokenizer, 
                 book.tokens(tokenizer.pieces(ids), [n >= pair.prompt_length for n in range(len(ids))])
     else:
         for prompt in make_prompts(book, splits["train"], tokenizer, "train", stage)[:count]:
-            book.say(f"  {stage}, row {prompt.row['row_number']}, a prompt of {len(prompt.ids)} tokens:")
+            book.say(f"  {stage}, row {prompt.number}, a prompt of {len(prompt.ids)} tokens:")
             book.tokens(tokenizer.pieces(prompt.ids), [False] * len(prompt.ids))
             if "reference" in prompt.row:
                 book.say(f"    reference: {prompt.row['reference']!r}")

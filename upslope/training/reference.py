@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upslope.algo import kto_reference_point
 from upslope.errors import DataError
-from upslope.models.trunk import Trunk
+from upslope.models.trunk import Trunk, tokens_seen
 from upslope.text.prepare import Pair
 from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.pairs import Learner, PairBatch, PairConfig, Sides, pair_logprobs, pair_tokens
@@ -36,7 +36,7 @@ def remember(
         return
     model, budget = learner.trunk, cfg.optim.micro_tokens
     if learner.mismatched:
-        _check_mismatched(train, model.config.context)
+        _check_mismatched(train, model)
     if state.pending is None:
         unseen = _logprobs(model, held_out, budget, run.should_stop)
         state.pending = {"train": _nothing(len(train)), "held_out": unseen}
@@ -122,10 +122,11 @@ def _rows(cfg: PairConfig, step: int) -> slice:
     return slice(step * cfg.batch, (step + 1) * cfg.batch)
 
 
-def _check_mismatched(pairs: Sequence[Pair], context: int) -> None:
+def _check_mismatched(pairs: Sequence[Pair], model: Trunk) -> None:
+    context = model.config.context
     prompt = max(p.prompt_length for p in pairs)
     completion = max(len(side) - p.prompt_length for p in pairs for side in (p.chosen, p.rejected))
-    if prompt + completion > context:
+    if tokens_seen(model.needs_source, prompt, completion) > context:
         raise DataError(
             f"kto joins prompts of up to {prompt} tokens with completions of up to {completion} of other pairs, beyond "
             f"the model's context of {context}",

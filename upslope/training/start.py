@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 
 from upslope.config import Data, Recipe, Scratch
-from upslope.models.open import new_model
+from upslope.models.open import needs_source, new_model
 from upslope.sources import resolve
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training.data import Splits, load_splits
@@ -29,13 +29,14 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
     A model from scratch is written below `models` unless it stands there. Raises UpslopeError.
     """
     if isinstance(recipe.model, str):
-        tokenizer = Tokenizer.load(resolve(recipe.model))  # a wrong name is told before the rows are read
+        source = resolve(recipe.model)
+        tokenizer = Tokenizer.load(source, for_sources=needs_source(source))  # a wrong name is told first
         return recipe.model, tokenizer, load_splits(run, recipe.data, recipe.seed, rows)
     splits = load_splits(run, recipe.data, recipe.seed, rows)
     folder = models / "start" / "model"
     if not folder.is_dir():
         write_start(folder, recipe.model, recipe.seed, splits["train"], recipe.data)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, for_sources=needs_source(folder))
     run.account(f"model: a new {recipe.model.kind}; {tokenizer.vocab_size} tokens, made from the training side alone")
     return str(folder), tokenizer, splits
 

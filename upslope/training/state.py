@@ -119,6 +119,7 @@ def freeze_lowest(model: Trunk, layers: int) -> None:
         raise RecipeError(f"freeze_layers = {layers}: the model has {len(model.blocks)} blocks", "lower it")
     if layers:
         for name, parameter in model.named_parameters():
-            part, _, rest = name.partition(".")
-            low = part in ("embed", "position") or (part == "blocks" and int(rest.partition(".")[0]) < layers)
-            parameter.requires_grad_(not low)
+            if {"embed", "position", "embed_norm"} & set(name.split(".")):
+                parameter.requires_grad_(False)
+        for block in model.blocks[:layers]:
+            block.requires_grad_(False)

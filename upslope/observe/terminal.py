@@ -77,6 +77,7 @@ class Terminal:
         kind = event["kind"]
         if kind in ("step", "eval"):
             found = [f"{SHOWN[n]} {v:.3g}" for n, v in event["metrics"].items() if n in SHOWN and v is not None]
+            found += [f"{n} {v:.3g}" for n, v in event["metrics"].items() if _is_task(n) and v is not None]
             self.metrics = "  ".join(found)
             if kind == "eval":
                 self.note(f"{event.get('stage', '')}: {self.metrics}")
@@ -134,6 +135,11 @@ class Terminal:
             now["phase"],
         )
         return Group(line, bar, Text(self.metrics, style="cyan"))
+
+
+def _is_task(name: str) -> bool:
+    """Whether a metric is one of [task], not a bound of its interval."""
+    return name.startswith("task/") and not name.endswith(("_low", "_high"))
 
 
 def duration(seconds: float) -> str:

@@ -43,6 +43,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     columns += [*task.columns, task.reference, task.source, data.margin, data.group, *data.keep]
     name = data.rows if rows is None else "the rows given"
     require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
+    table = with_task(table, task, name)
     required = [*task.columns, *([task.reference] if task.reference else [])]
     table, account = cleaning.clean(
         table,
@@ -54,7 +55,6 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
         equal=() if data.text else required,
     )
     run.account(f"rows: {account}", None, account.examples())
-    table = with_task(table, task, name)
     if data.near is not None:
         table, account = without_near(table, compared_column(run.recipe), data.near)
         run.account(f"near duplicates: {account}", None, account.examples())

@@ -155,7 +155,7 @@ def duration(seconds: float) -> str:
 def _table(event: dict[str, Any]) -> Table:
     table = Table(title=event["title"], title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
     for number, name in enumerate(event["columns"]):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # never cut a number
     for row in event["rows"]:
         table.add_row(*(Text(str(cell).replace(" [", "\n[")) for cell in row))  # the interval below its value
     return table

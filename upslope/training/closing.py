@@ -37,7 +37,7 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
             scorer,
             judges,
             metrics,
-            p.trunk(p.start, trained=False),
+            p.trunk(original_of(p), trained=False),
             p.tokenizer,
             own_distribution=p.sampling().temperature == p.limit("temperature"),
         )
@@ -66,6 +66,14 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     found = record_comparison(p.run, prompts, outcomes, weights, shape, lower)
     closing = {name: {label: e.value for label, e in zip(labels, row, strict=False)} for name, row in found.items()}
     p.run.mark_done("eval", closing)
+
+
+def original_of(p: Pipeline) -> str:
+    """The model whose perplexity is told: the recipe's; for one from scratch, whose random weights measure nothing, the
+    one that rl began with, or the last without rl."""
+    if isinstance(p.recipe.model, str):
+        return p.start
+    return p.source_of("rl") if p.recipe.rl else models_of(p)[-1][1]
 
 
 def models_of(p: Pipeline) -> list[Contender]:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from upslope.evaluate import Outcome, estimates, interval, table_rows
+from upslope.evaluate import Outcome, estimates, interval, table_rows, without_score
 
 
 def outcome(scores, nll=None, tokens=None):
@@ -45,3 +45,13 @@ def test_c54_failed_scores_are_in_no_mean():
     found = estimates([outcome([1.0, float("nan"), 3.0, float("nan")])], seed=0)
     assert found["judge: x"][0].value == 2.0
     assert math.isnan(estimates([outcome([float("nan")] * 4)], seed=0)["judge: x"][0].value)
+
+
+def test_c54_both_means_and_the_change_are_over_prompts_that_failed_in_neither():
+    nan = float("nan")
+    both = [outcome([1.0, 100.0, 3.0, nan]), outcome([2.0, nan, 5.0, 50.0])]
+    found = estimates(both, seed=0)["judge: x"]
+    assert [e.value for e in found] == [2.0, 3.5, 1.5]
+    assert without_score(both) == "; failed, and in no mean: 2 of judge: x"
+    assert without_score([outcome([1.0] * 4)] * 2) == ""
+    assert math.isnan(both[0].scores["judge: x"][3]) and both[0].scores["judge: x"][1] == 100.0  # nothing is changed

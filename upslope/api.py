@@ -13,11 +13,13 @@ import torch
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
 from upslope.errors import ModelError
+from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.open import load_model, make_runner, save_model
 from upslope.models.trunk import Trunk
 from upslope.observe.compare import as_json
 from upslope.observe.compare import compare as compare_folders
 from upslope.sources import resolve
+from upslope.text.labels import LabelTokenizer
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.axes import axis_of
 from upslope.training.parts import Given
@@ -143,11 +145,14 @@ class LoadedModel:
 
 def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedModel:
     """Load a run folder (its last policy), a model folder, a .gguf file, a hub id or a pypi: source."""
+    keep_freed_memory()
     path = model_source(str(source))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_dtype(device) if dtype == "auto" else dtype]
     model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
     tokenizer = Tokenizer.load(resolve(path), for_sources=model.needs_source)
+    if model.labels:
+        tokenizer = LabelTokenizer(tokenizer, model.labels)
     model.compute_dtype = chosen
     model.to(device)
     engine = Engine(

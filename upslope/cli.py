@@ -270,7 +270,7 @@ def main() -> None:
 def _told(error: Exception) -> str | None:
     """What the system refused, in one line; None for an error that is our own fault."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
-        return "out of memory; lower optim.micro_tokens or rl.slots, what was saved stands"
+        return "out of memory; lower optim.micro_tokens or limits.slots, what was saved stands"
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}; free space or mend its permissions"
     return None

@@ -6,7 +6,7 @@ Every interval is a percentile bootstrap over prompts; a change is a paired one,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def estimates(
     size = len(outcomes[0].completions)
     drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
     everything = np.arange(size)
-    tables = [outcome.statistics() for outcome in outcomes]
+    tables = [outcome.statistics() for outcome in comparable(outcomes)]
     change = change or ((0, 1) if len(outcomes) == 2 else None)
     result: dict[str, list[Estimate]] = {}
     for name in tables[0]:
@@ -121,6 +121,28 @@ def table_rows(outcomes: Sequence[Outcome], found: dict[str, list[Estimate]]) ->
 def _digits(name: str) -> int:
     """Decimals shown: three of a task's metric, of 0 to 1 most of them."""
     return 3 if name.startswith("task: ") else 2
+
+
+def comparable(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes, a score left out (nan) in all of them where it failed in one.
+
+    So each mean, and the change from one to the other, is over the same prompts.
+    """
+    failed = {name: _failed(outcomes, name) for name in outcomes[0].scores}
+    return [replace(o, scores={n: np.where(failed[n], np.nan, v) for n, v in o.scores.items()}) for o in outcomes]
+
+
+def without_score(outcomes: Sequence[Outcome]) -> str:
+    """Of how many prompts a score failed, in one outcome or another, and is in no mean; empty where of none."""
+    counts = {name: int(_failed(outcomes, name).sum()) for name in outcomes[0].scores}
+    told = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+    return f"; failed, and in no mean: {told}" if told else ""
+
+
+def _failed(outcomes: Sequence[Outcome], name: str) -> np.ndarray:
+    scores_OP = np.stack([outcome.scores[name] for outcome in outcomes])
+    failed_P: np.ndarray = np.any(~np.isfinite(scores_OP), axis=0)
+    return failed_P
 
 
 def _mean(values: np.ndarray) -> float:

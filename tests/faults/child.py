@@ -25,6 +25,7 @@ from upslope.models.hf import load_decoder
 from upslope.text.tokenizer import Tokenizer
 
 LIMIT_S = 120.0
+PAUSE_S = 1.0
 
 
 def run(ask: dict[str, Any]) -> None:
@@ -53,12 +54,15 @@ def run(ask: dict[str, Any]) -> None:
 
 
 def watch(pid: int, ask: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the forked process; a SIGKILL after a delay, where asked for, comes from here."""
-    start = time.monotonic()
+    """Wait for the forked process; a SIGKILL after a delay, where asked for, comes from here.
+
+    A look that comes late counts as PAUSE_S: where all processes were stopped for a while, none of them hung.
+    """
+    now, before = 0.0, time.monotonic()
     kill_after = ask.get("kill_after")
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
-        now = time.monotonic() - start
+        now, before = now + min(time.monotonic() - before, PAUSE_S), time.monotonic()
         if done:
             break
         if (kill_after is not None and now >= kill_after) or now > LIMIT_S:

@@ -3,7 +3,8 @@
     python -m tests.faults.fuzz [SECONDS A TARGET] [TARGET ...]
 
 Each target is fuzzed in a process of its own, since a fuzzer ends with what it finds. The first input that leads to
-anything else than an answer or one line ends its target; it is kept under fuzz/ and printed.
+anything else than an answer or one line ends its target; it is kept under fuzz/ and printed. Where targets are named,
+their rows of the table are written anew and the others stay.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import atheris
 with atheris.instrument_imports(include=["upslope"], enable_loader_override=False):
     from tests.faults.targets import TARGETS, meets
 from tests.checkpoints import ROOT
-from tests.faults.machine import replace_section, where_and_when
+from tests.faults.machine import REPORT, replace_section, section, where_and_when
 
-HANG_S = 20
+HANG_S = 120
 MEMORY_MB = 6000
 
 
@@ -68,14 +69,21 @@ def main() -> None:
         one_target(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 45
     names = sys.argv[2:] or list(TARGETS)
-    told = where_and_when()
+    machine, day, commit = where_and_when().split("; ")
     found = campaign(seconds, names)
+    rows = {line.split(" | ")[0]: line for line in section("Fuzzing", REPORT) if line.startswith("| ")}
+    kept = [rows[f"| {name}"] for name in TARGETS if name not in names and f"| {name}" in rows]
+    made = [
+        f"| {n} | {seconds} | {day}, {commit} | {tried} | {a}, {b} | {wrong or 'nothing'} |"
+        for n, tried, a, b, wrong in found
+    ]
+    order = [f"| {name} " for name in TARGETS]
     text = [
-        f"`make fuzz`, {seconds} s a target ({told}). Right is an answer, or an error of one line.",
+        f"`make fuzz` ({machine}). Right is an answer, or an error of one line.",
         "",
-        "| target | inputs tried | branches covered: by the seeds, in the end | found |",
-        "|---|---|---|---|",
-        *(f"| {n} | {tried} | {first}, {last} | {wrong or 'nothing'} |" for n, tried, first, last, wrong in found),
+        "| target | seconds | when | inputs tried | branches covered: by the seeds, in the end | found |",
+        "|---|---|---|---|---|---|",
+        *sorted([*kept, *made], key=lambda row: next(n for n, start in enumerate(order) if row.startswith(start))),
     ]
     replace_section("Fuzzing", text)
     sys.exit(any(wrong for *_, wrong in found))

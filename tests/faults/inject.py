@@ -1,8 +1,8 @@
 """Faults put into a running program from outside: its functions and file operations are wrapped, and at the n-th event
 of a phase something happens to it. The program itself knows nothing of this.
 
-Phases: generation, rewards, log-probs, update, evaluation, checkpoint (each file operation of a save), files (those of
-logs, models and reports), stages (their beginnings and ends). Kinds: see Injector.fire.
+Phases: generation, rewards, log-probs, update, evaluation, checkpoint (each file operation of a save), export (those of
+a finished model), files (those of logs and reports), stages (their beginnings and ends). Kinds: see Injector.fire.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from tests.faults.outcome import digest
 from upslope.engine import Engine
 from upslope.models import open as open_module
 from upslope.observe.terminal import Terminal
+from upslope.training import export as export_module
 from upslope.training import state as state_module
 from upslope.training.scoring import FunctionSource, LearnedSource
 from upslope.training.state import RunState
 from upslope.training.update import optimizer_tensors
 
-PHASES = ("generation", "rewards", "log-probs", "update", "evaluation", "checkpoint", "files", "stages")
+PHASES = ("generation", "rewards", "log-probs", "update", "evaluation", "checkpoint", "export", "files", "stages")
 COMPUTING = PHASES[:5]
 KINDS = ("sigkill", "sigterm", "sigint", "sigint-twice", "memory", "full-disk", "reward")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -162,6 +163,7 @@ def install(injector: Injector) -> None:
     _wrap(torch.Tensor, "backward", injector.within("update"))
     _wrap(torch.optim.AdamW, "step", injector.within("update"))
     _wrap(state_module, "save_checkpoint", injector.within("checkpoint"))
+    _wrap(export_module, "write_model", injector.within("export"))
     _wrap(RunState, "restore", injector.within("stages"))
     _wrap(RunState, "finish", lambda inner: injector.within("stages")(_noting_state(injector, inner)))
     _wrap(Terminal, "stage", lambda inner: _stage_changes(injector, inner))

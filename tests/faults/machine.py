@@ -25,11 +25,16 @@ def where_and_when() -> str:
     return f"{os.cpu_count()} cores of {name}, torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {commit}"
 
 
+def section(title: str, path: Path = REPORT) -> list[str]:
+    """The lines under the heading `## title`."""
+    return path.read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
+
+
 def replace_section(title: str, lines: Sequence[str], path: Path = REPORT) -> None:
-    """Put lines under the heading `## title`, in the place of what stood there."""
+    """Put lines under the heading `## title`, in the place of what stood there; a new one stands at the end."""
     text = path.read_text(encoding="utf-8")
     head, heading, rest = text.partition(f"## {title}\n")
-    if not heading:
-        raise ValueError(f"{path.name} has no heading {title!r}")
+    if not heading:  # a new section, at the end
+        head, heading = f"{text.rstrip()}\n\n", f"## {title}\n"
     _, following, tail = rest.partition("\n## ")
     path.write_text(f"{head}{heading}\n" + "\n".join(lines) + "\n" + (following + tail if following else ""), "utf-8")

@@ -6,22 +6,17 @@ unbroken run ends: weights, optimizer, events and episodes bit for bit, no line 
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from tests.faults.harness import STOP_S, Harness, Strike
+from tests.faults.harness import STOP_S, Strike
 from tests.faults.inject import PHASES
 from tests.faults.variants import VARIANTS, recipe_of
 from upslope.checkpoint import RunLock
-from upslope.config import PRESETS, STAGES, load_recipe
+from upslope.config import PRESETS, STAGES, Preference, load_recipe
 
 FEW = 6  # computations that may still begin after a stop was asked for
-
-
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory, model_dir, rows):
-    with Harness(tmp_path_factory.mktemp("faults"), model_dir, rows) as made:
-        yield made
 
 
 def middle(harness, variant, phase, share):
@@ -38,7 +33,11 @@ STRIKES = [
     ("ppo-detached", "checkpoint", 0.9, "sigkill"),
     ("ppo-detached", "log-probs", 0.6, "reward"),
     ("ppo-separate", "checkpoint", 0.7, "full-disk"),
+    ("ppo-separate", "export", 0.6, "full-disk"),
+    ("ppo-shared", "export", 0.4, "sigkill"),
     ("ppo-separate", "files", 0.8, "sigkill"),
+    ("ppo-bf16", "update", 0.7, "sigkill"),
+    ("ppo-bf16", "checkpoint", 0.8, "sigkill"),
     ("grpo", "update", 0.9, "sigterm"),
     ("trpo", "log-probs", 0.9, "sigkill"),
     ("nlpo", "generation", 0.75, "sigkill"),
@@ -55,6 +54,9 @@ STRIKES = [
     ("gkd", "files", 0.6, "full-disk"),
     ("pretrain", "update", 0.6, "sigint"),
     ("dpo", "update", 0.6, "sigterm"),
+    ("ipo", "update", 0.7, "sigkill"),
+    ("simpo", "checkpoint", 0.5, "sigkill"),
+    ("orpo", "evaluation", 0.7, "sigint"),
     ("kto", "evaluation", 0.8, "sigkill"),
     ("kto", "checkpoint", 0.6, "sigkill"),
     ("expert", "generation", 0.6, "sigterm"),
@@ -69,13 +71,16 @@ STRIKES = [
 ]
 
 
-def test_every_algorithm_critic_and_stage_is_struck():
+def test_every_algorithm_critic_stage_loss_and_dtype_is_struck():
     recipes = {name: load_recipe(recipe_of(name, Path("m"), Path("w"))) for name in {strike[0] for strike in STRIKES}}
     assert set(recipes) == set(VARIANTS)
     tables = [recipe.rl for recipe in recipes.values() if recipe.rl]
     assert {rl.algorithm for rl in tables} == set(PRESETS)
     assert {rl.critic for rl in tables} == {"none", "shared", "detached", "separate"}
     assert {stage for recipe in recipes.values() for stage in recipe.stages} == set(STAGES)
+    losses = {recipe.preference.loss for recipe in recipes.values() if recipe.preference}
+    assert losses == set(get_args(Preference.model_fields["loss"].annotation))
+    assert {recipe.dtype for recipe in recipes.values()} == {"fp32", "bf16"}
     assert {strike[1] for strike in STRIKES} == set(PHASES)
 
 
@@ -111,6 +116,18 @@ def test_a_stop_is_quick_in_every_phase(harness, tmp_path, phase, kind):
     assert ended.code == 130 and ended.fired and ended.seconds_after < STOP_S
     assert harness.work_after(tmp_path / "run") <= FEW
     assert "the same command carries on" in ended.said
+
+
+@pytest.mark.parametrize(("share", "stage"), [(0.1, "sft"), (0.5, "reward"), (0.9, "rl")])
+def test_a_stop_while_a_model_is_written_waits_for_it_and_no_longer(harness, tmp_path, share, stage):
+    """It waits for one file of the model's size; the checkpoint that it would else have to save is three times that."""
+    folder = tmp_path / "run"
+    strike = Strike("export", middle(harness, "ppo-shared", "export", share), "sigterm")
+    ended = harness.start("ppo-shared", folder, strike, minutes=60)
+    assert ended.fired and ended.code == 130 and ended.seconds_after < STOP_S
+    assert (folder / stage / "model" / "model.safetensors").is_file() and (folder / stage / "done.json").is_file()
+    assert harness.work_after(folder) == 0
+    assert harness.trial("ppo-shared", folder, []) == []
 
 
 def test_a_second_run_in_a_folder_in_use_is_refused_and_changes_nothing(harness, tmp_path):

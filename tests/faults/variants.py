@@ -23,11 +23,12 @@ def rare(prompts, completions, rows):
     return [float(n >= 3) for n in score(prompts, completions, rows)]
 """
 
-# Three stages, with a reward model: name -> what it changes in [rl] of tests.conftest.make_recipe
+# Three stages, with a reward model: name -> what it changes in [rl] of tests.conftest.make_recipe, or dtype
 LONG: Mapping[str, dict[str, Any]] = {
     "ppo-shared": {"critic": "shared"},
     "ppo-detached": {"critic": "detached", "kl_target": 1.0, "samples": 2, "minibatches": 4},
     "ppo-separate": {"critic": "separate", "limit": "bootstrap", "entropy_weight": 0.01},
+    "ppo-bf16": {"dtype": "bf16", "importance": "truncate"},
     "grpo": {"algorithm": "grpo", "samples": 3, "epochs": 1, "minibatches": 1},
     "trpo": {"algorithm": "trpo", "epochs": 1, "minibatches": 1},
     # long and fast enough that the copy which the last rollout is cut by is neither the start nor the policy
@@ -52,6 +53,9 @@ STAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {"steps": 3, "batch": 4}),
     "dpo": ("preference", {"loss": "dpo", "steps": 3, "batch": 4, "sft_weight": 0.1}),
     "kto": ("preference", {"loss": "kto", "steps": 3, "batch": 4}),
+    "ipo": ("preference", {"loss": "ipo", "steps": 3, "batch": 4}),
+    "simpo": ("preference", {"loss": "simpo", "steps": 3, "batch": 4}),
+    "orpo": ("preference", {"loss": "orpo", "steps": 3, "batch": 4}),
     "expert": ("expert", {"steps": 3, "batch": 4, "prompts": 8, "samples": 3, "max_tokens": 8}),
 }
 # One stage and rl by a function's reward, from scratch: name -> the table [model]
@@ -72,7 +76,9 @@ def recipe_of(variant: str, model: Path, work: Path) -> dict[str, Any]:
     recipe["eval"]["judges"] = []
     score = f"{work}/reward.py:score"
     if variant in LONG:
-        recipe["rl"] |= {"reward": {"stage:reward": 1.0, score: 0.1}, "steps": 2, **LONG[variant]}
+        changes = dict(LONG[variant])
+        recipe["dtype"] = changes.pop("dtype", recipe["dtype"])
+        recipe["rl"] |= {"reward": {"stage:reward": 1.0, score: 0.1}, "steps": 2, **changes}
         return recipe
     if variant in SCRATCH:
         del recipe["reward"]

@@ -156,7 +156,7 @@ def recipe_of(variant: str, task: Task, seed: int, steps: int):
     grouped = keys["algorithm"] in ("rloo", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "raft")
     own = {"teacher": "made"} if keys["algorithm"] == "gkd" else {"reward": "made:here"}
     size = {"prompts": 16, "samples": 8} if grouped else {"prompts": 128, "samples": 1}
-    base = {"steps": steps, "max_tokens": task.max_tokens, "slots": 128, "kl": 0.01} | size
+    base = {"steps": steps, "max_tokens": task.max_tokens, "kl": 0.01} | size
     if keys["algorithm"] in ("dr-grpo", "dapo", "gspo", "cispo", "raft", "gkd"):
         del base["kl"]
     table = {
@@ -166,6 +166,7 @@ def recipe_of(variant: str, task: Task, seed: int, steps: int):
         "seed": seed,
         "checkpoint_minutes": 1e6,
         "data": {"rows": "made", "prompt": "p"},
+        "limits": {"slots": 128},
         "rl": base | own | keys,
     }
     rl = load_recipe(table).rl
@@ -193,7 +194,7 @@ def learn(variant: str, task: Task, seed: int, steps: int, kind: str = "decoder"
     engine = Engine(
         make_runner(policy, dtype=torch.float32),
         eos_id=EOS,
-        slots=rl.slots,
+        slots=recipe.limits.slots,
         seed=seed,
         mask_runner=make_runner(policy, dtype=torch.float32) if rl.mask_every > 1 else None,
     )

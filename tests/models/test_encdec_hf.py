@@ -1,7 +1,12 @@
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from upslope.errors import ModelError
 from upslope.models.encdec_hf import load_encdec, save_encdec
 from upslope.ragged import Ragged
 
@@ -93,3 +98,57 @@ def test_export_is_loaded_by_transformers_with_equal_logits(name, tmp_path):
     again = load_encdec(tmp_path / "out")
     assert again.config == ours.config
     same_logits(again, loaded)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_encdec(load_encdec(save_theirs(theirs_of("bart"), tmp_path / "in")), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_forced_first_token_is_a_start_token_from_either_file(saved):
+    assert load_encdec(saved).config.start_ids == (2,)
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((saved / name).read_text())
+        (saved / name).write_text(json.dumps(raw | {"forced_bos_token_id": 0}))
+        assert load_encdec(saved).config.start_ids == (2, 0)
+        (saved / name).write_text(json.dumps(raw))
+    model = load_encdec(saved)
+    model.config = replace(model.config, start_ids=(2, 0))
+    save_encdec(model, saved)
+    assert load_encdec(saved).config.start_ids == (2, 0)
+
+
+def test_a_bart_without_its_head_is_read_by_its_bare_names(saved):
+    weights = load_file(saved / "model.safetensors")
+    save_file({name.removeprefix("model."): w for name, w in weights.items()}, saved / "model.safetensors")
+    same = load_encdec(saved).state_dict()
+    assert torch.equal(same["embed.weight"], weights["model.shared.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "swoosh"}, "activation 'swoosh' is not known"),
+        ({"normalize_before": True}, "normalize_before is True"),
+        ({"decoder_start_token_id": 99}, r"start tokens \[99\] are not of a vocabulary of 43"),
+        ({"encoder_layers": 0}, "layers is 0, not a whole number"),
+        ({"encoder_layers": 3}, r"missing: model\.encoder\.layers\.2"),
+        ({"d_model": None}, "the key d_model is missing"),
+    ],
+)
+def test_configurations_that_cannot_be_are_one_line(saved, changes, message):
+    raw = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(ModelError, match=message) as caught:
+        load_encdec(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bias_of_the_logits_that_is_not_0_is_refused(saved):
+    weights = load_file(saved / "model.safetensors")
+    save_file(weights | {"final_logits_bias": torch.zeros(1, 43)}, saved / "model.safetensors")
+    load_encdec(saved)
+    save_file(weights | {"final_logits_bias": torch.ones(1, 43)}, saved / "model.safetensors")
+    with pytest.raises(ModelError, match="final_logits_bias is not 0 everywhere"):
+        load_encdec(saved)

@@ -8,18 +8,19 @@ from safetensors.torch import load_file, save_file
 
 import upslope
 from tests.conftest import make_recipe
-from tests.models.kinds import SCRATCH, VOCAB, tiny
+from tests.models.kinds import NAMES, SCRATCH, VOCAB, tiny
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.algo import token_logprobs
 from upslope.errors import Interrupted, ModelError
 from upslope.models.open import KINDS, load_model, make_runner, save_model
 from upslope.ragged import Ragged
 
+KINDS_MADE = [kind for kind in KINDS if KINDS[kind].scratch]
 PROMPT, ANSWERS = [7, 8, 9], [[1, 2], [3], [4, 5, 6, 7]]
 OTHERS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 
 
-@pytest.fixture(params=SCRATCH)
+@pytest.fixture(params=NAMES)
 def name(request):
     return request.param
 
@@ -57,11 +58,26 @@ def grads(model, loss):
 
 
 def test_the_contract(model):
-    assert model.config.vocab_size == VOCAB and model.config.width == 16 and model.config.context == 64
-    assert model.output_weight.shape == (VOCAB, 16) and len(model.blocks) >= 1
+    width = model.config.width
+    assert model.config.vocab_size == VOCAB and width in (16, 17) and model.config.context == 64
+    assert model.output_weight.shape == (VOCAB, width) and len(model.blocks) >= 1
     hidden = model.hidden(behind_prompts([(PROMPT, ANSWERS)]))
-    assert hidden.shape == (10, 16) and hidden.dtype == model.compute_dtype == torch.float32
-    assert not [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert hidden.shape == (10, width) and hidden.dtype == model.compute_dtype == torch.float32
+
+
+def test_c39_there_is_no_dropout(model):
+    batch = behind_prompts([(PROMPT, ANSWERS)])
+    assert torch.equal(model.train().hidden(batch), model.eval().hidden(batch))
+
+
+def test_the_lowest_layers_are_its_embeddings_and_its_lowest_blocks(model):
+    """As freeze_layers leaves them: none of the blocks above, and no output of its own."""
+    low = {id(p) for p in model.lowest(1)}
+    assert {id(p) for p in model.blocks[0].parameters()} < low
+    above = [p for block in model.blocks[1:] for p in block.parameters()]
+    assert not low & {id(p) for p in above}
+    names = {name for name, p in model.named_parameters() if id(p) in low}
+    assert any("embed" in name for name in names) and not any("head" in name for name in names)
 
 
 def test_what_it_predicts_depends_on_all_that_came_before(model):
@@ -173,7 +189,7 @@ def test_bf16_products_stay_near_fp32(model):
     hidden = model.hidden(batch)
     assert hidden.dtype == torch.bfloat16
     gap = (logprobs(model, batch) - wide).abs()
-    assert 0 < gap.max() < 0.3 and gap.mean() < 0.06
+    assert 0 < gap.max() < 0.5 and gap.mean() < 0.1
 
 
 def test_c44_fp32_weights_keep_small_updates_under_bf16_products(model):
@@ -212,7 +228,7 @@ def test_damaged_folders_are_one_line(model, tmp_path):
         assert "\n" not in str(caught.value)
     save_file(weights, tmp_path / "model.safetensors")
     raw = json.loads((tmp_path / "config.json").read_text())
-    numbers = [key for key, value in raw.items() if type(value) is int]
+    numbers = [key for key, value in raw.items() if type(value) is int and not key.endswith("_token_id")]
     for key in numbers:
         for wrong in (None, "x", -1, True, 1 << 60):
             (tmp_path / "config.json").write_text(json.dumps(raw | {key: wrong}))
@@ -232,6 +248,7 @@ def test_beyond_the_context_is_an_error_with_both_numbers(model):
         model.hidden(behind_prompts([([1] * prompt, [[1] * answer])]))
 
 
+@pytest.mark.parametrize("name", SCRATCH)
 def test_weights_come_from_the_seed_alone(name):
     one, two, other = (tiny(name, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -306,7 +323,7 @@ def rows(rows):
     return [row | {"other": rows[i - 3]["text"]} for i, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("name", [n for n in SCRATCH if "-" not in n])
+@pytest.mark.parametrize("name", KINDS_MADE)
 def test_c55_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_as_an_unbroken_one(name, rows, tmp_path, monkeypatch):
     whole = upslope.train(recipe_of(name), rows=rows, out=tmp_path / "whole", plain=True)
     stopped = 0
@@ -323,7 +340,7 @@ def test_c55_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_as_an_unbroken_o
 
 
 @pytest.mark.parametrize("critic", ["shared", "detached", "separate"])
-@pytest.mark.parametrize("name", [n for n in SCRATCH if "-" not in n])
+@pytest.mark.parametrize("name", KINDS_MADE)
 def test_every_critic_and_trpo_run(name, critic, rows, tmp_path):
     reward = {"reward": f"{__name__}:score", "critic": critic, "freeze_layers": 1}
     trpo = {"algorithm": "trpo", "value_loss": "squared", "minibatches": 1}
@@ -339,4 +356,5 @@ def test_every_critic_and_trpo_run(name, critic, rows, tmp_path):
 
 
 def test_the_table_of_kinds_is_covered():
-    assert {shape["kind"] for shape in SCRATCH.values()} == set(KINDS)
+    """But an encoder, whose one action is a label: test_encoder.py and test_classify.py."""
+    assert {name.partition("-")[0] for name in NAMES} == set(KINDS) - {"encoder"}

@@ -12,6 +12,7 @@ import pytest
 
 from tests.rewards.test_workers import alive, ask, open_reward, words
 from upslope.errors import Interrupted
+from upslope.rewards import tree
 
 assert open_reward  # a fixture
 
@@ -28,7 +29,7 @@ def test_a_row_that_takes_too_much_memory_fails_alone(open_reward):
     output = ask(reward, ["a b", "bad", "c"])
     assert output.score_B[[0, 2]].tolist() == [2.0, 1.0]
     assert np.isnan(output.score_B[1]) and output.failure_B[0] is None and output.failure_B[2] is None
-    assert "needs more than rl.memory_gb = 0.5: MemoryError" in output.failure_B[1]
+    assert "needs more than limits.memory_gb = 0.5: MemoryError" in output.failure_B[1]
 
 
 def test_a_leak_from_call_to_call_costs_no_row(open_reward):
@@ -54,7 +55,7 @@ def test_a_leak_within_one_call_ends_with_its_process(open_reward):
     reward = open_reward(endless, memory_gb=0.3)
     started = time.monotonic()
     output = ask(reward, ["x"] * 3)
-    assert all("needs more than rl.memory_gb = 0.3" in failure for failure in output.failure_B)
+    assert all("needs more than limits.memory_gb = 0.3" in failure for failure in output.failure_B)
     assert time.monotonic() - started < 10
     assert reward.worker.process is None
 
@@ -68,6 +69,52 @@ def test_a_program_that_the_reward_starts_is_under_the_limit_too(open_reward):
         return [1.0] * len(completions)
 
     assert ask(open_reward(starts, memory_gb=0.5), ["x"]).score_B.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["forked", "in sessions of their own"])
+def test_many_processes_are_under_the_limit_together(open_reward, apart):
+    """Six processes of 100 MB each under 300 MB: none is too large alone, and the row with them fails."""
+
+    def forks(prompts, completions, rows):
+        if "bad" in completions:
+            for _ in range(6):
+                if os.fork() == 0:
+                    if apart:
+                        os.setsid()
+                        if os.fork():
+                            os._exit(0)
+                    kept = b"x" * (100 * MB)
+                    time.sleep(60)
+                    os._exit(len(kept))
+            time.sleep(60)
+        return [float(os.getpid())] * len(completions)
+
+    reward = open_reward(forks, memory_gb=0.3, timeout_s=30)
+    assert ask(reward, ["good"]).failure_B == [None]
+    leader = reward.worker.process.pid
+    started = time.monotonic()
+    output = ask(reward, ["a", "bad", "b"])
+    assert time.monotonic() - started < 20
+    assert [failure is None for failure in output.failure_B] == [True, False, True]
+    assert "needs more than limits.memory_gb = 0.3: its processes held 0." in output.failure_B[1]
+    assert tree.members(leader) == []
+
+
+def test_what_many_processes_share_counts_once(open_reward):
+    """Five forks that only read the 150 MB of their parent hold 150 MB together, not 900."""
+
+    def shares(prompts, completions, rows):
+        kept = b"x" * (150 * MB)
+        children = [os.fork() for _ in range(5)]
+        if 0 in children:
+            sum(kept[:: 1 << 12])
+            time.sleep(1)
+            os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        return [1.0] * len(completions)
+
+    assert ask(open_reward(shares, memory_gb=0.5), ["x"]).score_B.tolist() == [1.0]
 
 
 class Trap:

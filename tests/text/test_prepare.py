@@ -176,7 +176,7 @@ def test_c48_pairs_with_equal_sides_are_dropped_and_counted(tokenizer):
 def test_c48_pairs_from_labels_with_equal_tokens_are_dropped_and_counted(tokenizer):
     rows = table(t=["a film", "a film", "a dull film", "a film of all films that there are"])
     found, account = prepare.label_pairs([(0, 1), (0, 2), (0, 3)], rows, tokenizer, text="t", max_tokens=9)
-    assert found == [prepare.Pair([*tokenizer.encode("a film"), 2], [*tokenizer.encode("a dull film"), 2])]
+    assert list(found) == [prepare.Pair([*tokenizer.encode("a film"), 2], [*tokenizer.encode("a dull film"), 2])]
     assert account.dropped == {"with two equal sides": 1, "longer than 9 tokens": 1}
 
 

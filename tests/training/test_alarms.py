@@ -212,7 +212,7 @@ def test_no_completion_that_ends_is_told_after_some_rollouts(recipe, rows, tmp_p
 
 
 def test_some_failing_rewards_mark_the_run(recipe, rows, tmp_path):
-    found = alarms_of(train(recipe, rows, tmp_path / "run", "rl.max_failures=0.99", reward=fails_at_times))
+    found = alarms_of(train(recipe, rows, tmp_path / "run", "limits.max_failures=0.99", reward=fails_at_times))
     assert "rewards_failing" in found
 
 
@@ -302,7 +302,7 @@ def test_c50_weights_that_do_not_reach_the_engine_stop_the_run(recipe, rows, tmp
 
     def lost(self, block):
         loads.append(1)
-        if len(loads) <= 4:  # two layers, made and filled once; later ones stay as they are
+        if len(loads) <= 2:  # two layers, filled once; later on they stay as they are
             inner(self, block)
 
     monkeypatch.setattr(Layer, "load", lost)

@@ -71,7 +71,7 @@ def fails_sometimes(prompts, completions, rows):
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "raft", "reinforce"])
 def test_c54_failed_rewards_cost_their_episodes_and_no_run(name, model_dir, rows, tmp_path):
-    recipe = recipe_of(name, model_dir, max_failures=0.9)
+    recipe = recipe_of(name, model_dir) | {"limits": {"max_failures": 0.9}}
     folder = upslope.train(recipe, reward=fails_sometimes, rows=rows, out=tmp_path / "run", plain=True)
     _, events, episodes = outcome(folder)
     failed = [e for e in episodes if e["failure"]]

@@ -7,13 +7,13 @@ import torch
 
 import upslope
 from tests.conftest import tiny_decoder
+from upslope.config import source_name
 from upslope.errors import ModelError, RecipeError
 from upslope.observe.events import read_events
 from upslope.ragged import Ragged
 from upslope.training import judges
 from upslope.training.episode import Episode
 from upslope.training.judges import LikelihoodSource, SimilaritySource
-from upslope.training.scoring import source_name
 from upslope.training.update import StopAsked, never
 
 

@@ -15,7 +15,7 @@ from upslope.models.decoder import Decoder
 from upslope.models.heads import RewardModel
 from upslope.observe.events import read_events
 from upslope.ragged import Ragged
-from upslope.text.prepare import Example, Pair
+from upslope.text.examples import Example, Pair
 from upslope.training import preference
 from upslope.training.pairs import OBJECTIVES, PolicyLearner, RewardLearner, lay_out_pairs, pair_logprobs, score_texts
 from upslope.training.preference import pair_step

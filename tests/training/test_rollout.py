@@ -4,7 +4,7 @@ import torch
 
 from tests.conftest import tiny_decoder
 from upslope.config import load_recipe
-from upslope.errors import RecipeError, RewardError
+from upslope.errors import RewardError
 from upslope.models.heads import ActorCritic
 from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode, lay_out
@@ -182,10 +182,3 @@ def test_steps_of_a_reward_stand_at_the_actions_that_finish_them():
     reward = [1.5 / 2, 2.0 / 2, 0.0, (4.0 + 1.0) / 2]
     expected = [sum(r * 0.5**k for k, r in enumerate(reward[t:])) for t in range(4)]
     assert batch.return_A.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_reward_may_not_bear_the_name_of_a_metric():
-    named = Fixed([1.0])
-    named.name = "mean"
-    with pytest.raises(RecipeError, match="a reward named mean would be taken for the metric reward/mean; rename it"):
-        Scorer([named], [1.0], 0.0)

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import tiny_decoder
 from upslope.config import Optim
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.training.batches import micro_batches
 from upslope.training.supervised import example_logprobs
 from upslope.training.update import StopAsked, learning_rate, make_optimizer, optimizer_step

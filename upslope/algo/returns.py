@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upslope.kernels import cpu
+
 
 def discounted_returns(
     reward_A: Float[Tensor, " A"],
@@ -154,8 +156,12 @@ def _check(starts: Tensor, tokens: int, bootstrap_B: Tensor | None) -> None:
 def _discounted_sums(x_A: Tensor, starts: Tensor, decay: float, tail_B: Tensor | None) -> Tensor:
     """y_t = x_t + decay y_{t+1} inside each episode, from its end; y after the last is tail.
 
-    Episodes are laid out in time order across, longest first, so that one vector operation advances all of them.
+    Without the compiled kernel, episodes are laid out in time order across, longest first, so that one vector
+    operation advances all of them.
     """
+    if x_A.dtype == torch.float32 and cpu.serve(x_A):
+        tail = None if tail_B is None else tail_B.detach().float().contiguous()
+        return cpu.discounted_sums(x_A.detach().contiguous(), starts.to(torch.int64).contiguous(), decay, tail)
     counts = starts[1:] - starts[:-1]
     order = torch.argsort(counts, descending=True, stable=True)
     counts, ends = counts[order], starts[1:][order]

@@ -8,9 +8,20 @@ defaults for all of them; a stage's own `[stage.optim]` wins. Neither torch nor 
 
 from upslope.config.load import describe, find_recipe, load_recipe, read_recipe, shipped_recipes
 from upslope.config.presets import PRESETS
-from upslope.config.recipe import POLICY_STAGES, STAGES, Recipe
+from upslope.config.recipe import POLICY_STAGES, STAGES, Recipe, source_name
 from upslope.config.rl import RL, Trust
-from upslope.config.tables import Data, Evaluation, Expert, Optim, Preference, RewardModel, Scratch, Supervised, Task
+from upslope.config.tables import (
+    Data,
+    Evaluation,
+    Expert,
+    Limits,
+    Optim,
+    Preference,
+    RewardModel,
+    Scratch,
+    Supervised,
+    Task,
+)
 
 __all__ = [
     "POLICY_STAGES",
@@ -20,6 +31,7 @@ __all__ = [
     "Data",
     "Evaluation",
     "Expert",
+    "Limits",
     "Optim",
     "Preference",
     "Recipe",
@@ -33,4 +45,5 @@ __all__ = [
     "load_recipe",
     "read_recipe",
     "shipped_recipes",
+    "source_name",
 ]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from upslope.config.presets import PRESETS
 from upslope.config.recipe import STAGES, Recipe
 from upslope.config.rl import RL
+from upslope.config.tables import Limits
 from upslope.errors import RecipeError
 
 
@@ -168,7 +169,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "extra_forbidden":
         table, key = first["loc"][:-1], str(first["loc"][-1])
         names = _fields_at(table)
-        near = difflib.get_close_matches(key, names, 1)
+        near = [f"limits.{key}"] if key in Limits.model_fields else difflib.get_close_matches(key, names, 1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(names)}"
         return f"recipe: unknown key {where!r}{others}", remedy
     if first["type"] == "missing":

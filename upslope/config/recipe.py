@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, model_validator
 
-from upslope.config.metrics import check_source
+from upslope.config.metrics import WORDS, check_source
 from upslope.config.rl import RL
 from upslope.config.tables import (
     Count,
     Data,
     Evaluation,
     Expert,
+    Limits,
     Optim,
     Preference,
     Rate,
@@ -32,6 +33,16 @@ Source = Annotated[
     Annotated[str, Tag("str")] | Annotated[Scratch, Tag("table")],
     Discriminator(lambda given: "table" if isinstance(given, Mapping | Scratch) else "str"),
 ]
+
+TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
+
+
+def source_name(source: str) -> str:
+    """The short name of a score: a metric's, `learned` for a stage's model, else the function's own name."""
+    word, colon, argument = source.partition(":")
+    if word in WORDS and colon:
+        return {"stage": "learned", "likelihood": "likelihood"}.get(word, f"{word}_{argument}")
+    return source.rpartition(":")[2].rpartition(".")[2]
 
 
 class Recipe(Table):
@@ -52,6 +63,7 @@ class Recipe(Table):
     rl: RL | None = None
     expert: Expert | None = None
     eval: Evaluation = Evaluation()
+    limits: Limits = Limits()
 
     @property
     def stages(self) -> list[str]:
@@ -118,6 +130,25 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        """Every reward and judge is told by a name of its own: two of one would be one figure."""
+        listed = {"rl.reward": self.rl.rewards if self.rl else {}, "expert.reward": self.expert_rewards}
+        for key, sources in {**listed, "eval.judges": self.eval.judges}.items():
+            seen: dict[str, str] = {}
+            for source in sources:
+                name = source_name(source)
+                if key != "eval.judges" and name in TAKEN:
+                    raise ValueError(
+                        f"{key} = {source!r} would be taken for the metric reward/{name}: rename the function"
+                    )
+                if name in seen:
+                    raise ValueError(
+                        f"{key} names {seen[name]!r} and {source!r}, both called {name}: rename one function"
+                    )
+                seen[name] = source
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if not self.stages:
             raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")
@@ -138,6 +169,8 @@ class Recipe(Table):
                 )
         if self.data.margin and not self.reward and not (self.preference and self.preference.loss == "dpo"):
             raise ValueError("data.margin is read by [reward] and by dpo: remove it")
-        if (self.rl or self.expert) and not (self.data.prompt or self.data.prompt_words or self.data.messages):
+        if (self.rl or self.expert) and not (
+            self.data.prompt or self.data.prompt_words or self.data.messages or self.data.classes
+        ):
             raise ValueError("[rl] and [expert] need prompts: set data.prompt, data.messages, or data.prompt_words")
         return self

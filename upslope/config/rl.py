@@ -64,7 +64,6 @@ class RL(Table):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     mask_every: Count = 0  # rollouts between renewals of the copy of the policy that top_k and top_p are read from
     stop: tuple[str, ...] = ()
-    slots: Positive = 64  # sequences generated side by side
     resample: Count = 0  # rounds of new prompts in the place of groups whose scores are all equal
     overlong: Share = 0.0  # last share of max_tokens over which a price grows from 0 to 1, the price of being cut
     # advantages
@@ -98,9 +97,6 @@ class RL(Table):
     kl_horizon: Positive = 10_000
     # rewards
     limit: Literal["score", "bootstrap"] = "score"  # a completion cut by max_tokens: its score, or the critic's value
-    timeout_s: Above0 = 30.0  # per call of a reward function
-    memory_gb: Above0 = 8.0  # of a reward function's process; beyond it, it fails and its process is replaced
-    max_failures: Share = 0.2  # share of a rollout's rewards that may fail
     freeze_layers: Count = 0
     optim: Optim = Optim()
 
@@ -121,6 +117,13 @@ class RL(Table):
     @property
     def compares_groups(self) -> bool:
         return self.baseline in ("group", "leave_one_out", "best") or self.scale == "group"
+
+    @property
+    def scores_once(self) -> bool:
+        """Whether a rollout is used for one gradient step by a policy that is compared with nothing but itself: the
+        log-probabilities of that step are then those of the weights that sampled, and no pass before it is needed."""
+        alone = self.critic == "none" and not self.uses_reference and self.importance == "none" and not self.mask_every
+        return alone and self.update == "gradient" and self.epochs * self.minibatches == 1
 
     @property
     def uses_reference(self) -> bool:

@@ -36,7 +36,7 @@ class Table(BaseModel):
 class Scratch(Table):
     """A model from random weights, with a byte-level tokenizer that is trained on the training side of the data."""
 
-    kind: Literal["decoder", "lstm", "encdec"] = "decoder"
+    kind: Literal["decoder", "lstm", "encdec", "encoder"] = "decoder"
     width: Positive = 256
     layers: Positive = 4  # of an encoder-decoder: in each of the two
     heads: Positive | None = None  # default: one for 64 of width
@@ -58,8 +58,10 @@ class Scratch(Table):
             raise ValueError(f"width = {self.width} does not divide among {heads} heads: set heads to a divisor")
         if heads % (self.kv_heads or heads):
             raise ValueError(f"{heads} heads do not divide among kv_heads = {self.kv_heads}: set a divisor of heads")
-        if self.kind == "encdec" and self.kv_heads not in (None, heads):
-            raise ValueError(f"kv_heads = {self.kv_heads} has no place in an encoder-decoder: remove it")
+        if self.kind in ("encdec", "encoder") and self.kv_heads not in (None, heads):
+            raise ValueError(f"kv_heads = {self.kv_heads} has no place in {self.kind}: remove it")
+        if self.kind == "encoder" and not self.tied:
+            raise ValueError("tied = false has no place in encoder, whose masked head is the embedding: remove it")
         if self.width // heads % 2:
             raise ValueError(f"width = {self.width} of {heads} heads gives each an odd share: set fewer heads")
         return self
@@ -75,6 +77,7 @@ class Data(Table):
     messages: str | None = None  # column of chat messages: the assistant's turns are learned
     chosen: str | None = None  # columns of a preference pair
     rejected: str | None = None
+    classes: str | None = None  # column of labels, which an encoder chooses from for `prompt` or `text`
     margin: str | None = None  # column of numbers: by how much the chosen side of a pair is better
     prompt_words: Positive | tuple[Positive, Positive] | None = None  # prompts: this many first words of `text`
     label: str | None = None  # pairs from labels: `prefer` stands above the others of its group
@@ -235,6 +238,15 @@ class Expert(Table):
         if self.keep > self.samples:
             raise ValueError(f"keep = {self.keep} of {self.samples} samples: lower keep or raise samples")
         return self
+
+
+class Limits(Table):
+    """What rewards and sampling may take, in every stage that has them. They may be changed when a run is resumed."""
+
+    slots: Positive = 64  # sequences generated side by side: memory and speed, never the result
+    timeout_s: Above0 = 30.0  # per call of a reward function
+    memory_gb: Above0 = 8.0  # of a reward function's processes; beyond it, it fails and they are replaced
+    max_failures: Share = 0.2  # share of a rollout's (for expert: of all) rewards that may fail
 
 
 class Evaluation(Table):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from upslope.algo.random import uniform
-from upslope.engine.sampling import choose, log_distribution
+from upslope.engine.sampling import sample
 from upslope.engine.scheduler import Admission, Scheduler
 from upslope.engine.types import Completion, Finish, Request
 from upslope.errors import DataError, Interrupted, RunError
+from upslope.kernels.products import Product
 from upslope.models.trunk import Cache, Runner, Trunk, tokens_seen
 from upslope.ragged import Ragged
 
@@ -39,6 +40,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.runners = [runner] if mask_runner is None else [runner, mask_runner]
+        self.projections = [Product(r.output_weight, dtype=r.output_weight.dtype) for r in self.runners]
         self.eos = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
         self.slots = slots
         self.seed = seed
@@ -51,9 +53,10 @@ class Engine:
 
         Raises RunError when they did not arrive.
         """
-        for runner, source in zip(self.runners, (model, mask), strict=False):
+        for runner, projection, source in zip(self.runners, self.projections, (model, mask), strict=False):
             if source is not None:
                 runner.load(source)
+                projection.load(runner.output_weight)
                 if runner.checksum() != runner.checksum_of(source):
                     raise RunError(
                         f"weights of version {version} did not reach the engine", "start the run again; it carries on"
@@ -119,14 +122,13 @@ class Engine:
         asked = [scheduler.requests[c.request] for c in running]
         sampling = [r.sampling for r in asked]
         device = hidden[0].device
-        temperature_S = torch.tensor([s.temperature for s in sampling], device=device)
-        logits_SV, *mask = (_project(h, r.output_weight) for h, r in zip(hidden, self.runners, strict=True))
+        temperature_S = torch.tensor([s.temperature for s in sampling], dtype=torch.float32, device=device)
+        logits_SV, *mask = (project(h) for project, h in zip(self.projections, hidden, strict=True))
         top_k, top_p = [s.top_k for s in sampling], [s.top_p for s in sampling]
-        logp_SV = log_distribution(logits_SV, temperature_S, top_k, top_p, self.valid_vocab, *mask)
         keys, samples = [r.key for r in asked], [c.sample for c in running]
         drawn = uniform(self.seed, step, keys, samples, [len(c.ids) for c in running])
         uniform_S = torch.from_numpy(drawn).to(device)
-        id_S, logp_S = choose(logp_SV, uniform_S, temperature_S == 0)
+        id_S, logp_S = sample(logits_SV, temperature_S, uniform_S, top_k, top_p, self.valid_vocab, *mask)
         ended = []
         for slot, (completion, token, logp) in enumerate(zip(running, id_S.tolist(), logp_S.tolist(), strict=True)):
             completion.ids.append(token)
@@ -160,11 +162,3 @@ class Engine:
                 )
             if request.sampling.stop and self.text_of is None:
                 raise DataError(f"prompt {number} has stop texts but the engine has no tokenizer", "give it text_of")
-
-
-def _project(hidden_SD: Tensor, weight_VD: Tensor) -> Tensor:
-    """logits_SV; few rows are padded, since a bf16 product of one row is slow on CPUs."""
-    rows = len(hidden_SD)
-    if rows < 8 and hidden_SD.device.type == "cpu":
-        hidden_SD = torch.nn.functional.pad(hidden_SD, (0, 0, 0, 8 - rows))
-    return torch.nn.functional.linear(hidden_SD, weight_VD)[:rows]

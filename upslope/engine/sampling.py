@@ -10,8 +10,29 @@ import torch
 from torch import Tensor
 
 from upslope.algo import kept_tokens
+from upslope.kernels import cpu
 
 BLOCK = 256
+
+
+def sample(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    uniform_S: Tensor,
+    top_k: list[int],
+    top_p: list[float],
+    valid: int | None,
+    mask_SV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(id_S, logp_S): one token a row, and its log-probability under the very distribution it was drawn from."""
+    if cpu.serve(logits_SV) and not _cut_rows(top_k, top_p, logits_SV.shape[1]):
+        return cpu.choose(logits_SV.contiguous(), temperature_S, uniform_S.double(), valid or logits_SV.shape[1])
+    logp_SV = log_distribution(logits_SV, temperature_S, top_k, top_p, valid, mask_SV)
+    return choose(logp_SV, uniform_S, temperature_S == 0)
+
+
+def _cut_rows(top_k: list[int], top_p: list[float], vocabulary: int) -> list[int]:
+    return [row for row, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if 0 < k < vocabulary or p < 1]
 
 
 def log_distribution(
@@ -28,7 +49,7 @@ def log_distribution(
     padding of the vocabulary: never sampled. mask_SV: logits of another model, whose distribution says what is cut.
     """
     logp_SV = _tempered(logits_SV, temperature_S, valid)
-    cut = [row for row, (k, p) in enumerate(zip(top_k, top_p, strict=True)) if 0 < k < logp_SV.shape[1] or p < 1]
+    cut = _cut_rows(top_k, top_p, logp_SV.shape[1])
     if cut:
         rows = torch.tensor(cut, device=logp_SV.device)
         by_SV = logp_SV if mask_SV is None else _tempered(mask_SV, temperature_S, valid)

@@ -1,5 +1,8 @@
 """Which completion stands in which slot. Plain integers, no tensors.
 
+The longest limits go first, so that the end is not spent on a few that began late; slots that come free one by one are
+filled some at a time, since a prompt alone costs nearly what several do.
+
 Live slots are 0 to live - 1. A completion that ends frees its slot; a waiting one takes a free slot, and when none
 waits the last live slot moves into the gap, so that a step never computes a row that nobody reads.
 """
@@ -11,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upslope.engine.types import Completion, Request
+
+TOGETHER = 16  # share of the slots that are filled together, as 1 in so many
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,9 @@ class Scheduler:
     def __init__(self, requests: Sequence[Request], slots: int, version: int) -> None:
         self.requests = requests
         self.slots = slots
+        longest_first = sorted(range(len(requests)), key=lambda r: -requests[r].sampling.max_tokens)
         self.waiting: deque[Completion] = deque(
-            Completion(request=r, sample=s, version=version)
-            for r, request in enumerate(requests)
-            for s in range(request.samples)
+            Completion(request=r, sample=s, version=version) for r in longest_first for s in range(requests[r].samples)
         )
         self.running: list[Completion] = []
         self.finished: list[Completion] = []
@@ -42,8 +46,12 @@ class Scheduler:
     def admit(self, token_budget: int) -> list[Admission]:
         """Give free slots to waiting samples, prompt by prompt, up to a budget of prompt tokens (one at the least).
 
-        The samples of a prompt that find slots together are computed once.
+        The samples of a prompt that find slots together are computed once. Nothing is admitted while fewer slots are
+        free than a sixteenth of all, unless nothing runs or no more wait.
         """
+        free = self.slots - len(self.running)
+        if self.running and free < min(max(1, self.slots // TOGETHER), len(self.waiting)):
+            return []
         admitted: dict[int, list[int]] = {}
         tokens = 0
         while self.waiting and len(self.running) < self.slots:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from upslope.errors import ModelError
 from upslope.models.attention import Layout, attend
-from upslope.models.ops import RMSNorm, SwiGLU, rotate
+from upslope.models.ops import RMSNorm, SwiGLU
 from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 
@@ -109,8 +109,9 @@ class Block(nn.Module):
         q = self.q(h).view(-1, c.heads, c.head_dim)
         k = self.k(h).view(-1, c.kv_heads, c.head_dim)
         v = self.v(h).view(-1, c.kv_heads, c.head_dim)
-        q, k = position_heads(self, q, k, rope)
-        x = x + self.o(attend(q, k, v, layout).reshape(len(x), -1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        x = x + self.o(attend(q, k, v, layout, rope).reshape(len(x), -1))
         return x + self.feed_forward(self.mlp_norm(x))
 
     def feed_forward(self, h: Tensor) -> Tensor:
@@ -119,13 +120,6 @@ class Block(nn.Module):
         if self.config.activation == "silu":
             return self.down(SwiGLU.apply(self.gate(h), self.up(h)))
         return self.down(ACTIVATIONS[self.config.activation](self.gate(h)) * self.up(h))
-
-
-def position_heads(block: Block, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Head norms, where the shape has them, then rotary positions, where it has those."""
-    if block.q_norm is not None and block.k_norm is not None:
-        q, k = block.q_norm(q), block.k_norm(k)
-    return (q, k) if rope is None else (rotate(q, *rope), rotate(k, *rope))
 
 
 class Decoder(Trunk):

@@ -113,6 +113,11 @@ class EncDec(Trunk):
         weight: Tensor = self.embed.weight if self.head is None else self.head.weight
         return weight * self.config.width**-0.5 if self.config.scale_logits else weight
 
+    def lowest(self, layers: int) -> list[nn.Parameter]:
+        """The parameters of the embeddings and of the lowest blocks, the encoder's before the decoder's."""
+        around = [m for s in (self.encoder, self.decoder) for m in (s.position, s.embed_norm) if m is not None]
+        return [p for part in (self.embed, *around, *self.blocks[:layers]) for p in part.parameters()]
+
     def hidden(self, batch: Ragged) -> Tensor:
         """hidden_ND behind the final norm, in compute_dtype. Raises ModelError beyond the context."""
         self._check_lengths(batch)

@@ -39,7 +39,7 @@ def load_encdec(folder: Path, *, dtype: torch.dtype = torch.float32) -> EncDec:
         elif kind == "bart":
             weights = {f"model.{n}" if n.startswith(BARE) else n: w for n, w in weights.items()}
             tied = _is_tied(weights, "model.shared.weight", "lm_head.weight")
-            config = _bart_config(raw | _generation(folder), tied, folder)
+            config = _bart_config(_generation(folder) | {k: v for k, v in raw.items() if v is not None}, tied, folder)
         else:
             raise ModelError(f"{folder}: {kind!r} is no encoder-decoder", f"known: {', '.join(ARCHITECTURES)}")
         for stack in (config.encoder, config.decoder):

@@ -7,7 +7,6 @@ slot of its samples; those of its own tokens grow with every step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upslope.kernels.products import MIN_ROWS
+from upslope.models.copied import CopiedRunner
 from upslope.models.encdec import EncDec, EncDecConfig, Seats
-from upslope.models.runner import MIN_ROWS, sum_of_words
 from upslope.ragged import Ragged
 
 
@@ -45,40 +45,10 @@ class EncDecCache:
         self.values[:, target, :, :n] = self.values[:, source, :, :n]
 
 
-class EncDecRunner:
+class EncDecRunner(CopiedRunner[EncDec]):
     """Prefill and single steps of an encoder-decoder, without gradients."""
 
-    needs_source = True
-
-    @torch.no_grad()
-    def __init__(self, model: EncDec, *, dtype: torch.dtype) -> None:
-        self.config: EncDecConfig = model.config
-        self.dtype = dtype
-        self.device = model.device
-        self.model = deepcopy(model).requires_grad_(False)
-        self.model.compute_dtype = dtype
-        for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(held_in(name, dtype))
-        self.output_weight = self.model.output_weight
-        self.load(model)
-
-    @torch.no_grad()
-    def load(self, model: EncDec) -> None:
-        """Take over the model's present weights, in place."""
-        for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs)
-        if self.config.scale_logits:  # else it is one of the weights
-            self.output_weight.copy_(model.output_weight)
-
-    def checksum(self) -> str:
-        """A number that changes when any weight does, as `checksum_of` makes it of a model."""
-        return sum_of_words([*enumerate(self.model.parameters(), 1), (0, self.output_weight)])
-
-    @torch.no_grad()
-    def checksum_of(self, model: EncDec) -> str:
-        """The checksum that this runner has when a model's present weights have reached it."""
-        parts = [(n, p.to(held_in(name, self.dtype))) for n, (name, p) in enumerate(model.named_parameters(), 1)]
-        return sum_of_words([*parts, (0, model.output_weight.to(self.dtype))])
+    config: EncDecConfig
 
     def new_cache(self, slots: int, capacity: int) -> EncDecCache:
         """Room for a source and a completion of `capacity` tokens together in each of `slots`."""
@@ -161,11 +131,6 @@ class EncDecRunner:
         weights = torch.softmax(torch.add(bias, scores, alpha=self.config.decoder.scale), dim=-1).to(self.dtype)
         mixed = torch.matmul(weights, values[:, :, :longest])[:, :, 0]
         return F.pad(mixed, (0, 0, 0, 0, 0, len(q) - n))
-
-
-def held_in(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Matrices are held in the compute dtype; norms, and the relative bias of fp32 scores, as the trainer uses them."""
-    return torch.float32 if "norm." in name or ".relative." in name else dtype
 
 
 def _visible(length_R: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upslope.errors import ModelError
+from upslope.kernels.products import MIN_ROWS
 from upslope.models.folder import load_folder, save_folder
 from upslope.models.recurrence import Steps, cell, in_order_of_time, recur
-from upslope.models.runner import MIN_ROWS, sum_of_words
-from upslope.models.trunk import Trunk
+from upslope.models.runner import sum_of_words
+from upslope.models.trunk import Trunk, check_context
 from upslope.ragged import Ragged
 
 MODEL_TYPE = "upslope_lstm"
@@ -83,11 +83,7 @@ class LSTM(Trunk):
 
     def hidden(self, batch: Ragged) -> Tensor:
         """hidden_ND: the last layer's state after each token, in compute_dtype. Raises ModelError beyond context."""
-        longest = max((a + b for a, b in zip(batch.lengths, batch.prefix_lengths, strict=True)), default=0)
-        if longest > self.config.context:
-            raise ModelError(
-                f"a sequence of {longest} tokens exceeds the model's context of {self.config.context}", "shorten it"
-            )
+        check_context(batch, self.config.context)
         steps = in_order_of_time(batch, self.device)
         weights = [block.weights(self.compute_dtype) for block in self.blocks]  # type: ignore[operator]
         hidden_ND, _ = through_layers(_scaled(self.embed(batch.ids_N).to(self.compute_dtype)), weights, steps)

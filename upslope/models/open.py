@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from upslope.config import Scratch
 from upslope.errors import ModelError
@@ -15,6 +16,11 @@ from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.encdec import EncDec, EncDecConfig
 from upslope.models.encdec_hf import ARCHITECTURES, load_encdec, save_encdec
 from upslope.models.encdec_runner import EncDecRunner
+from upslope.models.encoder import Encoder, EncoderConfig
+from upslope.models.encoder_hf import MODEL_TYPES as ENCODERS
+from upslope.models.encoder_hf import load_encoder, save_encoder
+from upslope.models.encoder_runner import EncoderRunner
+from upslope.models.fallback import Fallback, FallbackRunner, load_fallback, save_fallback
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
 from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
 from upslope.models.names import HUGGING_FACE
@@ -25,14 +31,14 @@ from upslope.models.trunk import Runner, Trunk
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of model. model_types: what config.json calls it; load and save: a folder; scratch: from a recipe."""
+    """One kind of model. model_types: what config.json calls it; load, save: a folder; scratch: from a recipe."""
 
     trunk: type[Trunk]
     runner: Callable[..., Runner]
     model_types: tuple[str, ...]
     load: Callable[..., Trunk]
     save: Callable[..., None]
-    scratch: Callable[[Scratch, int], Trunk]
+    scratch: Callable[[Scratch, int], Trunk] | None = None
 
 
 def _new_decoder(shape: Scratch, vocab_size: int) -> Decoder:
@@ -71,10 +77,35 @@ def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
     return EncDec(EncDecConfig(vocab_size, encoder, decoder, tied=shape.tied, scale_logits=False, bos_id=0))
 
 
+def _new_encoder(shape: Scratch, vocab_size: int) -> Encoder:
+    """Of BERT's shape."""
+    heads = shape.heads or max(1, shape.width // 64)
+    stack = StackConfig(
+        width=shape.width,
+        layers=shape.layers,
+        heads=heads,
+        head_dim=shape.width // heads,
+        ffn_width=shape.ffn_width or 4 * shape.width,
+        context=shape.context,
+        norm="layer",
+        norm_eps=1e-12,
+        pre_norm=False,
+        embed_norm=True,
+        bias=True,
+        scaled=True,
+        gated=False,
+        activation="gelu",
+        position="learned",
+    )
+    return Encoder(EncoderConfig(vocab_size, stack))
+
+
 KINDS: dict[str, Kind] = {
     "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
     "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
     "encdec": Kind(EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec),
+    "encoder": Kind(Encoder, EncoderRunner, ENCODERS, load_encoder, save_encoder, _new_encoder),
+    "fallback": Kind(Fallback, FallbackRunner, tuple(CAUSAL), load_fallback, save_fallback),  # after all that are ours
 }
 
 
@@ -101,7 +132,9 @@ def make_runner(model: Trunk, *, dtype: torch.dtype) -> Runner:
 
 def new_model(shape: Scratch, vocab_size: int, seed: int) -> Trunk:
     """A model of a recipe's table [model], its weights from the seed alone. Raises ModelError for what cannot be."""
-    return KINDS[shape.kind].scratch(shape, vocab_size).init_weights(seed)
+    made = KINDS[shape.kind].scratch
+    assert made is not None
+    return made(shape, vocab_size).init_weights(seed)
 
 
 def _kind_of(model: Any) -> Kind:
@@ -124,5 +157,8 @@ def _kind_at(path: Path) -> Kind:
     for kind in KINDS.values():
         if model_type in kind.model_types:
             return kind
-    known = ", ".join(name for kind in KINDS.values() for name in kind.model_types)
-    raise ModelError(f"{path}: architecture {model_type!r:.80} is not known", f"known: {known}")
+    known = ", ".join(name for key, kind in KINDS.items() for name in kind.model_types if key != "fallback")
+    raise ModelError(
+        f"{path}: architecture {model_type!r:.80} is not known",
+        f"known: {known}, and the causal models of transformers",
+    )

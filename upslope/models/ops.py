@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upslope.kernels import cpu
+
 
 class RMSNorm(torch.autograd.Function):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32, returned in the dtype of x.
@@ -18,10 +20,14 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        if cpu.serve(x):
+            out, scale = cpu.norm(x.contiguous(), weight.float(), eps)
+            ctx.save_for_backward(x, weight, scale.unsqueeze(-1))
+            return out
         x32 = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
-        ctx.eps = eps
         return (x32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
@@ -35,6 +41,9 @@ class RMSNorm(torch.autograd.Function):
             normal, pulled = wide * scale, grad * weight
             grad_x = (pulled - normal * (pulled * normal).mean(-1, keepdim=True)) * scale
             return grad_x.to(x.dtype), (grad * normal).sum(0).to(weight.dtype), None
+        if cpu.serve(x, grads[0]):
+            by_x, by_weight = cpu.norm_backward(x.contiguous(), grads[0].contiguous(), weight.float(), scale)
+            return by_x, by_weight.to(weight.dtype), None
         grad = grads[0].to(dtype)
         normal = x.to(dtype) * scale
         grad_weight = torch.linalg.vecdot(grad, normal, dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -50,7 +59,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return cpu.swiglu(gate, up) if _rows(gate, up) else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +69,15 @@ class SwiGLU(torch.autograd.Function):
         if torch.is_grad_enabled():  # differentiated again: silu_backward has no derivative of its own
             slope = torch.sigmoid(gate)
             return grad * up * slope * (1 + gate * (1 - slope)), F.silu(gate) * grad
+        if _rows(gate, up, grad):
+            return cpu.swiglu_backward(gate, up, grad)
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad)
+
+
+def _rows(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels serve these: rows one behind the other."""
+    return tensors[0].ndim == 2 and all(t.is_contiguous() for t in tensors) and cpu.serve(*tensors)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,38 +7,20 @@ place that has become free.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upslope.kernels import cpu
+from upslope.kernels.products import Product
 from upslope.models.attention import Layout, attend
+from upslope.models.cache import DecoderCache
 from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig, Norm
 from upslope.models.ops import rotate
 from upslope.ragged import Ragged
 
-MIN_ROWS = 8  # a bf16 product of a single row falls into a slow path on CPUs
-
-
-@dataclass
-class DecoderCache:
-    """Keys and values (layers, slots, kv heads, capacity, head_dim) and how many tokens each slot holds."""
-
-    keys: Tensor
-    values: Tensor
-    length: list[int]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
-
-    def move(self, source: int, target: int) -> None:
-        """Let slot `target` hold what slot `source` holds."""
-        n = self.length[source]
-        self.keys[:, target, :, :n] = self.keys[:, source, :, :n]
-        self.values[:, target, :, :n] = self.values[:, source, :, :n]
-        self.length[target] = n
+NormWeights = tuple[Tensor, Tensor | None]  # weight and bias, in fp32
 
 
 class Layer:
@@ -46,25 +28,25 @@ class Layer:
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.qkv = self._joined(block.q.weight, block.k.weight, block.v.weight)
-        self.gate_up = self._joined(*([block.gate.weight] if block.gate is not None else []), block.up.weight)
-        self.o = block.o.weight.detach().to(dtype, copy=True)
-        self.down = block.down.weight.detach().to(dtype, copy=True)
-        self.small: dict[str, Tensor | None] = {}
-        self.load(block)
-
-    def _joined(self, *weights: Tensor) -> Tensor:
-        return torch.cat([w.detach().to(self.dtype) for w in weights])
+        self.qkv = Product(*_qkv(block), dtype=dtype)
+        self.gate_up = Product(*_gate_up(block), dtype=dtype)
+        self.o = Product(block.o.weight, dtype=dtype)
+        self.down = Product(block.down.weight, dtype=dtype)
+        self._load_small(block)
 
     @torch.no_grad()
     def load(self, block: Block) -> None:
-        _copy_into(self.qkv, block.q.weight, block.k.weight, block.v.weight)
-        _copy_into(self.gate_up, *([block.gate.weight] if block.gate is not None else []), block.up.weight)
-        self.o.copy_(block.o.weight)
-        self.down.copy_(block.down.weight)
+        self.qkv.load(*_qkv(block))
+        self.gate_up.load(*_gate_up(block))
+        self.o.load(block.o.weight)
+        self.down.load(block.down.weight)
+        self._load_small(block)
+
+    @torch.no_grad()
+    def _load_small(self, block: Block) -> None:
         bias: list[Tensor] = [m.bias for m in (block.q, block.k, block.v) if m.bias is not None]
         both: list[Tensor] = [m.bias for m in (block.gate, block.up) if m is not None and m.bias is not None]
-        self.small = {
+        self.small: dict[str, Tensor | None] = {
             "qkv_bias": torch.cat(bias).to(self.dtype) if bias else None,
             "gate_up_bias": torch.cat(both).to(self.dtype) if both else None,
             "o_bias": block.o.bias.to(self.dtype) if block.o.bias is not None else None,
@@ -75,6 +57,10 @@ class Layer:
             for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")
             if (module := getattr(block, name)) is not None
         }
+
+    def products(self) -> list[Tensor]:
+        """The weights of the four products, in plain layout."""
+        return [p.dense() for p in (self.qkv, self.gate_up, self.o, self.down)]
 
 
 class DecoderRunner:
@@ -90,13 +76,16 @@ class DecoderRunner:
         self.layers = [Layer(block, dtype) for block in model.blocks]  # type: ignore[arg-type]
         self.embed = model.embed.weight.detach().to(dtype, copy=True)
         self.output_weight = self.embed if model.head is None else model.head.weight.detach().to(dtype, copy=True)
-        self.load(model)
+        self._load_outer(model)
 
     @torch.no_grad()
     def load(self, model: Decoder) -> None:
         """Take over the model's present weights, in place."""
         for layer, block in zip(self.layers, model.blocks, strict=True):
             layer.load(block)  # type: ignore[arg-type]
+        self._load_outer(model)
+
+    def _load_outer(self, model: Decoder) -> None:
         self.embed.copy_(model.embed.weight)
         if model.head is not None:
             self.output_weight.copy_(model.head.weight)
@@ -113,7 +102,7 @@ class DecoderRunner:
         if self.output_weight is not self.embed:
             parts.append((4, self.output_weight))
         for number, layer in enumerate(self.layers, 1):
-            parts += [(10 * number + k, w) for k, w in enumerate((layer.qkv, layer.gate_up, layer.o, layer.down))]
+            parts += [(10 * number + k, w) for k, w in enumerate(layer.products())]
             parts += [(10 * number + 4, w) for pair in layer.norms.values() for w in pair]
             parts += [(10 * number + 5, bias) for bias in layer.small.values()]
         return sum_of_words(parts)
@@ -125,9 +114,7 @@ class DecoderRunner:
     def new_cache(self, slots: int, capacity: int) -> DecoderCache:
         """Room for `capacity` tokens in each of `slots`."""
         c = self.config
-        shape = (c.layers, slots, c.kv_heads, capacity, c.head_dim)
-        keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        return DecoderCache(keys, values, [0] * slots)
+        return DecoderCache(c.layers, slots, c.kv_heads, capacity, c.head_dim, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def prefill(self, cache: DecoderCache, prompts: Ragged, slots: Sequence[Sequence[int]]) -> Tensor:
@@ -136,96 +123,89 @@ class DecoderRunner:
         Returns hidden_PD, behind the final norm, of each prompt's last token.
         """
         c = self.config
-        ids = prompts.ids_N.to(self.device)
         positions = prompts.positions.to(self.device)
-        x = self._embed(ids, positions)
+        x = self._embed(prompts.ids_N.to(self.device), positions)
+        added: Tensor | None = None
         rope = self._rope(positions)
         layout = Layout(prompts, self.device, c.sliding_window)
         for number, layer in enumerate(self.layers):
-            q, k, v = self._heads(layer, x, rope)
+            x, h = self._add_norm(x, added, layer.norms["attn_norm"])
+            q, k, v = self._qkv(layer, h).split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+            if rope is not None:
+                cos, sin = rope[0][:, None], rope[1][:, None]
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             for p, chosen in enumerate(slots):
                 rows = slice(prompts.starts[p], prompts.starts[p + 1])
-                length = prompts.lengths[p]
-                keys, values = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
-                for slot in chosen:
-                    cache.keys[number, slot, :, :length] = keys
-                    cache.values[number, slot, :, :length] = values
-            x = self._finish(layer, x, attend(q, k, v, layout).reshape(len(x), -1))
+                cache.write(number, chosen, k[rows], v[rows])
+            mixed = attend(q, k, v, layout).reshape(len(x), -1)
+            if layer is self.layers[-1]:  # nobody reads the other tokens' hidden states
+                last = prompts.last.to(self.device)
+                x, mixed = x[last], mixed[last]
+            x, added = self._feed_forward(layer, x, mixed)
         for p, chosen in enumerate(slots):
             for slot in chosen:
                 cache.length[slot] = prompts.lengths[p]
-        return self._norm(x[prompts.last.to(self.device)], *self.norm)
+        return self._add_norm(x, added, self.norm)[1]
 
     @torch.no_grad()
     def step(self, cache: DecoderCache, ids_S: Tensor) -> Tensor:
         """Append one token to each of the slots 0 to n - 1 and return hidden_SD, behind the final norm."""
         c, n = self.config, len(ids_S)
-        rows = max(n, MIN_ROWS)
-        ids = F.pad(ids_S, (0, rows - n)).to(self.device)
-        lengths = torch.tensor(cache.length[:n] + [0] * (rows - n), device=self.device)
-        longest = max(cache.length[:n]) + 1
-        x = self._embed(ids, lengths)
+        lengths = torch.tensor(cache.length[:n], device=self.device)
+        x = self._embed(ids_S.to(self.device), lengths)
+        added: Tensor | None = None
         rope = self._rope(lengths)
-        mask = self._step_mask(lengths[:n], longest)
-        slots = torch.arange(n, device=self.device)
-        group = c.heads // c.kv_heads
         for number, layer in enumerate(self.layers):
-            q, k, v = self._heads(layer, x, rope)
-            keys, values = cache.keys[number], cache.values[number]
-            keys[slots, :, lengths[:n]] = k[:n]
-            values[slots, :, lengths[:n]] = v[:n]
-            q = q[:n].reshape(n, c.kv_heads, group, c.head_dim)
-            scores = torch.matmul(q, keys[:n, :, :longest].transpose(-1, -2)).float()
-            weights = torch.softmax(torch.add(mask, scores, alpha=c.head_dim**-0.5), dim=-1).to(self.dtype)
-            mixed = torch.matmul(weights, values[:n, :, :longest]).reshape(n, -1)
-            x = self._finish(layer, x, F.pad(mixed, (0, 0, 0, rows - n)))
+            x, h = self._add_norm(x, added, layer.norms["attn_norm"])
+            mixed = cache.attend(number, self._qkv(layer, h), rope, lengths, c.heads, c.sliding_window)
+            x, added = self._feed_forward(layer, x, mixed)
         for slot in range(n):
             cache.length[slot] += 1
-        return self._norm(x[:n], *self.norm)
-
-    def _step_mask(self, lengths: Tensor, longest: int) -> Tensor:
-        """(S, 1, 1, longest): 0 where a slot's tokens lie, -inf beyond them or before its window."""
-        key = torch.arange(longest, device=self.device)
-        allowed = key <= lengths[:, None]
-        if self.config.sliding_window is not None:
-            allowed &= key > lengths[:, None] - self.config.sliding_window
-        mask = torch.zeros(allowed.shape, device=self.device).masked_fill_(~allowed, float("-inf"))
-        return mask[:, None, None, :]
+        return self._add_norm(x, added, self.norm)[1]
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(ids, self.embed)
         return x if self.position is None else x + self.position[positions]
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin (N, head_dim / 2)."""
         if self.rope_table is None:
             return None
         cos, sin = self.rope_table
-        return cos[positions], sin[positions]
+        return cos[positions, 0], sin[positions, 0]
 
-    def _heads(self, layer: Layer, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, layer: Layer, h: Tensor) -> Tensor:
+        """(N, heads + 2 kv heads, d): queries, keys and values, with their own norms where the shape has them."""
         c = self.config
-        joined = F.linear(self._norm(x, *layer.norms["attn_norm"]), layer.qkv, layer.small["qkv_bias"])
-        heads = joined.view(len(x), c.heads + 2 * c.kv_heads, c.head_dim)
-        qk, v = heads[:, : c.heads + c.kv_heads], heads[:, c.heads + c.kv_heads :]
-        if "q_norm" in layer.norms:
-            q = self._norm(qk[:, : c.heads], *layer.norms["q_norm"])
-            k = self._norm(qk[:, c.heads :], *layer.norms["k_norm"])
-            qk = torch.cat((q, k), dim=1)
-        if rope is not None:
-            qk = rotate(qk, *rope)
-        return qk[:, : c.heads], qk[:, c.heads :], v
+        heads = layer.qkv(h, layer.small["qkv_bias"]).view(len(h), c.heads + 2 * c.kv_heads, c.head_dim)
+        if "q_norm" not in layer.norms:
+            return heads
+        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+        return torch.cat((self._norm(q, layer.norms["q_norm"]), self._norm(k, layer.norms["k_norm"]), v), dim=1)
 
-    def _finish(self, layer: Layer, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + F.linear(mixed, layer.o, layer.small["o_bias"])
-        h = F.linear(self._norm(x, *layer.norms["mlp_norm"]), layer.gate_up, layer.small["gate_up_bias"])
+    def _feed_forward(self, layer: Layer, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual with attention's part in it, and the feed-forward's part, which is still to be added."""
+        x, h = self._add_norm(x, layer.o(mixed, layer.small["o_bias"]), layer.norms["mlp_norm"])
+        h = layer.gate_up(h, layer.small["gate_up_bias"])
         if self.config.mlp == "gated":
             gate, up = h.chunk(2, dim=-1)
-            h = ACTIVATIONS[self.config.activation](gate).mul_(up)
+            if self.config.activation == "silu" and cpu.serve(h):
+                h = cpu.swiglu(gate, up)
+            else:
+                h = ACTIVATIONS[self.config.activation](gate).mul_(up)
         else:
             h = ACTIVATIONS[self.config.activation](h)
-        return x + F.linear(h, layer.down, layer.small["down_bias"])
+        return x, layer.down(h, layer.small["down_bias"])
 
-    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _add_norm(self, x: Tensor, added: Tensor | None, norm: NormWeights) -> tuple[Tensor, Tensor]:
+        """x + added, and its norm; x itself may be written to."""
+        if norm[1] is None and cpu.serve(x):
+            return x, cpu.add_norm(x, added, norm[0], self.config.norm_eps)
+        x = x if added is None else x + added
+        return x, self._norm(x, norm)
+
+    def _norm(self, x: Tensor, norm: NormWeights) -> Tensor:
+        weight, bias = norm
         wide = x.float()
         if bias is None:
             return F.rms_norm(wide, x.shape[-1:], weight, self.config.norm_eps).to(self.dtype)
@@ -257,16 +237,20 @@ def model_checksum(model: Decoder, dtype: torch.dtype) -> str:
 
 
 def sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
+    """Rows are summed in words of 8 bytes where they are made of such; joined rows give the sum of their parts."""
     total = 0
     for place, weight in parts:
         if weight is not None:
-            words = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-            total = (total + (2 * place + 3) * int(words.sum(dtype=torch.int64))) % (1 << 61)
-    return f"{total:016x}"
+            size = weight.element_size()
+            whole = weight.ndim > 1 and weight.shape[-1] * size % 8 == 0
+            word = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+            total += (2 * place + 3) * int(weight.contiguous().view(word).sum(dtype=torch.int64))
+    return f"{total % (1 << 64):016x}"
 
 
-def _copy_into(joined: Tensor, *weights: Tensor) -> None:
-    start = 0
-    for weight in weights:
-        joined[start : start + len(weight)].copy_(weight)
-        start += len(weight)
+def _qkv(block: Block) -> list[Tensor]:
+    return [block.q.weight, block.k.weight, block.v.weight]
+
+
+def _gate_up(block: Block) -> list[Tensor]:
+    return [*([block.gate.weight] if block.gate is not None else []), block.up.weight]

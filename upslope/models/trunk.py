@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from upslope.errors import ModelError
 from upslope.ragged import Ragged
 
 
@@ -25,11 +26,13 @@ class Shape(Protocol):
 class Trunk(nn.Module):
     """Hidden states of ragged batches, and the projection that makes logits of them.
 
-    blocks: the layers from the lowest up, as freeze_layers counts them; what stands below them is named embed, position
-    or embed_norm. Parameters stay in their own dtype; products are in compute_dtype. No dropout.
+    blocks: the layers from the lowest up, as freeze_layers counts them; what stands below them is named embed or
+    position. Parameters stay in their own dtype; products are in compute_dtype. No dropout.
     """
 
     needs_source: ClassVar[bool] = False  # every prompt must be a parent row, its completion the child
+    masks: ClassVar[bool] = False  # pretrained on masked tokens, for it sees both ways
+    remark: ClassVar[str] = ""  # what whoever loads one is told, once
     config: Shape
     compute_dtype: torch.dtype
     blocks: nn.ModuleList
@@ -53,6 +56,31 @@ class Trunk(nn.Module):
     def init_weights(self, seed: int) -> Self:
         """New weights, from a seed alone."""
         raise NotImplementedError
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of what a classifier chooses from; none for a model that writes."""
+        return ()
+
+    def take_labels(self, labels: tuple[str, ...]) -> None:
+        """Choose among these from now on. Raises ModelError for a model that writes."""
+        raise ModelError("data.classes is set, and the model is no encoder", "remove it, or choose an encoder")
+
+    def lowest(self, layers: int) -> list[nn.Parameter]:
+        """The parameters of the embeddings and of the lowest blocks."""
+        return [p for name, p in self.named_parameters() if _is_low(name, layers)]
+
+
+def _is_low(name: str, layers: int) -> bool:
+    part, _, rest = name.partition(".")
+    return part in ("embed", "position") or (part == "blocks" and int(rest.partition(".")[0]) < layers)
+
+
+def check_context(batch: Ragged, context: int) -> None:
+    """Raise ModelError for a sequence longer than a model's context."""
+    longest = max((a + b for a, b in zip(batch.lengths, batch.prefix_lengths, strict=True)), default=0)
+    if longest > context:
+        raise ModelError(f"a sequence of {longest} tokens exceeds the model's context of {context}", "shorten it")
 
 
 def tokens_seen(needs_source: bool, prompt: int, completion: int) -> int:

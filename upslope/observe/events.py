@@ -43,7 +43,7 @@ class EventLog:
         if step is not None:
             event["step"] = step
         bad: list[str] = []
-        event |= {key: _finite(value, key, bad) for key, value in fields.items()}
+        event |= {key: finite(value, key, bad) for key, value in fields.items()}
         if bad:
             event["nonfinite"] = bad
         line = json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -87,12 +87,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _finite(value: Any, name: str, bad: list[str]) -> Any:
+def finite(value: Any, name: str, bad: list[str]) -> Any:
+    """A value with null for every number in it that is not finite, as JSON needs it; bad gets their names."""
     if isinstance(value, float) and not math.isfinite(value):
         bad.append(name)
         return None
     if isinstance(value, dict):
-        return {key: _finite(item, f"{name}.{key}", bad) for key, item in value.items()}
+        return {key: finite(item, f"{name}.{key}", bad) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item, f"{name}.{i}", bad) for i, item in enumerate(value)]
+        return [finite(item, f"{name}.{i}", bad) for i, item in enumerate(value)]
     return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,12 +15,13 @@ from typing import IO, Any
 import cloudpickle
 
 from upslope.errors import Interrupted, RewardError
+from upslope.rewards import tree
 from upslope.rewards.worker import HEADER, send_body
 
 START_LIMIT_S = 120.0  # loading the user's module: large libraries take their time
 SAID_LIMIT = 1 << 20  # bytes of what a worker prints that are kept for its last words
 ANSWER_LIMIT = 1 << 24  # bytes of one answer: more is no list of scores of one chunk
-GLANCE_S = 0.2  # between two looks at a stop that was asked for
+GLANCE_S = 0.2  # between two looks at a stop that was asked for, and at the memory of all processes
 THREADS = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
 
 
@@ -53,6 +53,7 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
         self.calls = 0  # that this process has answered
+        self.looked = 0.0  # when its memory was looked at
 
     def start(self) -> None:
         """Start the process and load the function. Raises RewardError when it cannot be loaded."""
@@ -97,7 +98,7 @@ class Worker:
         self.calls += 1
         if kind == "full":
             self.stop()
-            told = f"needs more than rl.memory_gb = {self.memory / 1e9:g}: {what}"
+            told = f"needs more than limits.memory_gb = {self.memory / 1e9:g}: {what}"
             raise WorkerFailed(told, lost=True, again=self.calls > 1)
         if kind == "raised":
             raise WorkerFailed(str(what), lost=False)
@@ -107,10 +108,8 @@ class Worker:
         """End the process, whatever it is doing, and those that it started."""
         if self.process is None:
             return
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            self.process.kill()  # nothing of its group is left
+        tree.end(self.process.pid)
+        self.process.kill()  # where there is no /proc to find it by
         self.process.wait()
         try:
             self.requests.close()
@@ -170,12 +169,25 @@ class Worker:
             if left <= 0:
                 self.stop()
                 raise WorkerFailed(f"no answer within {limit_s:g} s", lost=True)
+            if time.monotonic() - self.looked > GLANCE_S:
+                self._check_memory()
             if poller.poll(1000 * min(left, GLANCE_S) + 1):
                 part = os.read(self.answers, 1 << 20)
                 if not part:
                     raise self._gone()
                 self.buffer += part
             self._trim()
+
+    def _check_memory(self) -> None:
+        """End the process where all that it has started hold more than the limit together; each alone is held to it."""
+        assert self.process is not None
+        self.looked = time.monotonic()
+        held = tree.memory(self.process.pid, self.memory)
+        if held > self.memory:
+            again = self.calls > 0
+            self.stop()
+            told = f"needs more than limits.memory_gb = {self.memory / 1e9:g}: its processes held {held / 1e9:.2g} GB"
+            raise WorkerFailed(told, lost=True, again=again)
 
     def _understood(self, body: bytes) -> tuple[str, Any]:
         """An answer in its parts; the function may have written anything into the pipe."""

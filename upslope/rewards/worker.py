@@ -25,6 +25,8 @@ from typing import IO, Any
 
 import cloudpickle
 
+from upslope.rewards import tree
+
 HEADER = struct.Struct("<Q")
 GRACE_S = 0.5  # for an idle worker to leave by itself when its owner is gone
 
@@ -93,6 +95,7 @@ def main() -> None:
     answers = os.fdopen(int(sys.argv[2]), "wb")
     sys.stdout = sys.stderr
     limit_memory(int(sys.argv[3]))
+    tree.adopt_orphans()
     threading.Thread(target=_end_with_owner, args=(requests.fileno(),), daemon=True).start()
     try:
         body = receive(requests)
@@ -133,8 +136,7 @@ def _end_with_owner(requests: int) -> None:
     poller.register(requests, 0)  # no events asked for: only the hang-up is told
     poller.poll()
     time.sleep(GRACE_S)
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
+    tree.end(os.getpid())
     os._exit(1)
 
 

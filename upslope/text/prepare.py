@@ -6,7 +6,7 @@ Every function returns (what was made, Account) and raises DataError, naming the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,30 +15,9 @@ from datasets import Dataset
 from upslope.algo.random import stream
 from upslope.errors import DataError
 from upslope.text.cleaning import Account, row_numbers
+from upslope.text.examples import Example, Examples, Pair, Pairs, Tokens
 from upslope.text.openings import Words, opened, word_count
 from upslope.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids, which of them are learned, and the row they come from."""
-
-    ids: list[int]
-    trained: list[bool]
-    row: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two whole texts, the better one first, which share their first `prompt_length` tokens: the prompt.
-
-    margin: by how much the better one is better, where the data say so.
-    """
-
-    chosen: list[int]
-    rejected: list[int]
-    prompt_length: int = 0
-    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,16 +30,16 @@ class Prompt:
     number: int = field(default=0, compare=False)
 
 
-def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[list[Example], Account]:
+def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[Examples, Account]:
     """Whole texts, an EOS behind each; every token is learned. Raises DataError for a model that reads sources."""
     _refuse_sources(tokenizer, "whole texts", "set data.prompt and data.completion, or data.prompt_words")
-    made = [[*tokenizer.encode(value), tokenizer.eos_id] for value in rows[text]]
-    return _fitting(rows, made, [[True] * len(ids) for ids in made], max_tokens)
+    made = ([*tokenizer.encode(value), tokenizer.eos_id] for value in rows[text])
+    return _fitting(rows, ((ids, [True] * len(ids)) for ids in made), max_tokens)
 
 
 def completion_examples(
     rows: Dataset, tokenizer: Tokenizer, *, prompt: str, completion: str, max_tokens: int
-) -> tuple[list[Example], Account]:
+) -> tuple[Examples, Account]:
     """Prompt and completion, of several the first; the completion and its EOS are learned."""
     ends = (end[0] if isinstance(end, list) and end else end for end in rows[completion])
     return _continued(rows, zip(rows[prompt], ends, strict=True), tokenizer, max_tokens)
@@ -68,7 +47,7 @@ def completion_examples(
 
 def opening_examples(
     rows: Dataset, tokenizer: Tokenizer, *, text: str, words: Words, max_tokens: int, seed: int = 0
-) -> tuple[list[Example], Account]:
+) -> tuple[Examples, Account]:
     """The first words of a text (those that `prompts` takes) as a source, and the rest as what is written to it."""
     parts = (opened(value, word_count(value, words, seed)) for value in rows[text])
     return _continued(rows, parts, tokenizer, max_tokens)
@@ -76,24 +55,21 @@ def opening_examples(
 
 def _continued(
     rows: Dataset, parts: Iterable[tuple[str | None, str | None]], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[Example], Account]:
-    made, trained = [], []
-    for start, end in parts:
-        first = tokenizer.encode_prompt(start or "")
-        second = [*tokenizer.encode(end or "", special=False), tokenizer.eos_id]
-        without = tokenizer.for_sources and not first
-        made.append([] if without else [*first, *second])
-        trained.append([] if without else [False] * len(first) + [True] * len(second))
-    empty = "with an empty source" if tokenizer.for_sources else "empty or malformed"
-    return _fitting(rows, made, trained, max_tokens, empty)
+) -> tuple[Examples, Account]:
+    def made() -> Iterator[tuple[list[int], list[bool]]]:
+        for start, end in parts:
+            first = tokenizer.encode_prompt(start or "")
+            second = [*tokenizer.encode(end or "", special=False), tokenizer.eos_id]
+            without = tokenizer.for_sources and not first
+            yield ([], []) if without else ([*first, *second], [False] * len(first) + [True] * len(second))
+
+    return _fitting(rows, made(), max_tokens, "with an empty source" if tokenizer.for_sources else "empty or malformed")
 
 
-def chat_examples(
-    rows: Dataset, tokenizer: Tokenizer, *, messages: str, max_tokens: int
-) -> tuple[list[Example], Account]:
+def chat_examples(rows: Dataset, tokenizer: Tokenizer, *, messages: str, max_tokens: int) -> tuple[Examples, Account]:
     """Conversations; the assistant's turns and their ends are learned."""
-    made = [tokenizer.chat_example(turns) if _is_chat(turns) else ([], []) for turns in rows[messages]]
-    return _fitting(rows, [ids for ids, _ in made], [trained for _, trained in made], max_tokens)
+    made = (tokenizer.chat_example(turns) if _is_chat(turns) else ([], []) for turns in rows[messages])
+    return _fitting(rows, made, max_tokens)
 
 
 def pairs(
@@ -139,7 +115,7 @@ def pair_examples(
     prompt: str | None,
     max_tokens: int,
     margin: str | None = None,
-) -> tuple[list[Pair], Account]:
+) -> tuple[Pairs, Account]:
     """Pairs from columns, an EOS behind each text, the prompt in front of both.
 
     What is no text or no number is dropped, and pairs too long, with two equal sides, or with nothing to learn in one.
@@ -147,7 +123,7 @@ def pair_examples(
     if not prompt:
         _refuse_sources(tokenizer, "pairs of whole texts", "set data.prompt")
     account = Account(len(rows), unit="pairs")
-    made: list[Pair] = []
+    made = Pairs()
     starts = rows[prompt] if prompt else [""] * len(rows)
     margins = rows[margin] if margin else [0.0] * len(rows)
     columns = (row_numbers(rows), starts, rows[chosen], rows[rejected], margins)
@@ -170,17 +146,17 @@ def pair_examples(
 
 def label_pairs(
     found: Sequence[tuple[int, int]], rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int
-) -> tuple[list[Pair], Account]:
+) -> tuple[Pairs, Account]:
     """Pairs of whole texts from (better row, other row), an EOS behind each; dropped as by `pair_examples`."""
     _refuse_sources(tokenizer, "pairs of whole texts", "set data.chosen, data.rejected and data.prompt")
     account = Account(len(found), unit="pairs")
-    texts, numbers = rows[text], row_numbers(rows)
-    ids = {
-        row: [*tokenizer.encode(texts[row]), tokenizer.eos_id] for row in sorted({r for pair in found for r in pair})
-    }
-    made: list[Pair] = []
+    texts, tokens, numbers = rows[text], Tokens(), row_numbers(rows)
+    place = {row: n for n, row in enumerate(sorted({r for pair in found for r in pair}))}
+    for row in place:
+        tokens.append([*tokenizer.encode(texts[row]), tokenizer.eos_id])
+    made = Pairs()
     for better, other in found:
-        _add_pair(made, account, numbers[better], Pair(ids[better], ids[other]), max_tokens)
+        _add_pair(made, account, numbers[better], Pair(tokens[place[better]], tokens[place[other]]), max_tokens)
     return made, account.close(len(made))
 
 
@@ -236,15 +212,11 @@ def _refuse_sources(tokenizer: Tokenizer, what: str, remedy: str) -> None:
 
 
 def _fitting(
-    rows: Dataset,
-    made: Sequence[list[int]],
-    trained: Sequence[list[bool]],
-    max_tokens: int,
-    empty: str = "empty or malformed",
-) -> tuple[list[Example], Account]:
-    account = Account(len(made), unit="examples")
-    kept = []
-    for number, ids, learned in zip(row_numbers(rows), made, trained, strict=True):
+    rows: Dataset, made: Iterable[tuple[list[int], list[bool]]], max_tokens: int, empty: str = "empty or malformed"
+) -> tuple[Examples, Account]:
+    account = Account(len(rows), unit="examples")
+    kept = Examples()
+    for number, (ids, learned) in zip(row_numbers(rows), made, strict=True):
         if len(ids) > max_tokens:
             account.drop(f"longer than {max_tokens} tokens", number)
         elif not ids:
@@ -256,7 +228,7 @@ def _fitting(
     return kept, account.close(len(kept))
 
 
-def _add_pair(made: list[Pair], account: Account, row: int, pair: Pair, max_tokens: int) -> None:
+def _add_pair(made: Pairs, account: Account, row: int, pair: Pair, max_tokens: int) -> None:
     sides = (pair.chosen, pair.rejected)
     if pair.chosen == pair.rejected:
         account.drop("with two equal sides", row)

@@ -14,6 +14,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,9 +28,22 @@ from upslope.text.arrow import GrowingTable
 from upslope.text.corpora import corpus
 from upslope.text.reasoning import puzzles
 
-Row = dict[str, Any] | DataError  # a bad line is told and gone past
 BAD_LIMIT = 10_000  # bad lines that are counted
+BAD_NAMED = 5  # bad lines, after the first, whose numbers are told
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot be read: it is told and gone past."""
+
+    path: Path
+    number: int
+    what: str
+    remedy: str
+
+
+Row = dict[str, Any] | BadLine
 
 
 def load_rows(source: Any, *, limit: int | None = None) -> Dataset:
@@ -93,10 +107,10 @@ def _from_file(path: Path, limit: int | None) -> Dataset:
             f"{path}: files of kind {kind or 'without an ending'} are not read", "use csv, tsv, jsonl, json, parquet"
         )
     table = GrowingTable(path)
-    bad: list[DataError] = []
+    bad: list[BadLine] = []
     try:
         for row in readers[kind](path):
-            if isinstance(row, DataError):
+            if isinstance(row, BadLine):
                 bad.append(row)
             elif not bad:
                 table.add(row)
@@ -105,11 +119,21 @@ def _from_file(path: Path, limit: int | None) -> Dataset:
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}", "check that the file is whole and may be read") from None
     if bad:
-        more = f" (and {'over ' if len(bad) > BAD_LIMIT else ''}{min(len(bad) - 1, BAD_LIMIT)} more lines)"
-        raise DataError(f"{bad[0].what}{more if len(bad) > 1 else ''}", bad[0].remedy)
+        raise _refused(bad)
     if not table.rows:
         raise DataError(f"{path} has no rows", "give it at least one")
     return table.finished()
+
+
+def _refused(bad: Sequence[BadLine]) -> DataError:
+    """One line for all bad ones: what is wrong with the first, how many there are, and where the next few stand."""
+    first, rest = bad[0], bad[1:]
+    what = f"{first.path}, line {first.number} {first.what}"
+    if rest:
+        named = ", ".join(str(line.number) for line in rest[:BAD_NAMED])
+        named += ", ..." if len(rest) > BAD_NAMED else ""
+        what += f" (and {'over ' if len(bad) > BAD_LIMIT else ''}{min(len(rest), BAD_LIMIT)} more lines: {named})"
+    return DataError(what, first.remedy)
 
 
 def _from_parquet(path: Path, limit: int | None) -> Dataset:
@@ -132,7 +156,7 @@ def _open(path: Path) -> IO[bytes]:
     return opened
 
 
-def _lines(path: Path) -> Iterator[str | DataError]:
+def _lines(path: Path) -> Iterator[str | BadLine]:
     """Decoded lines with their ends, or what is wrong with one that is not UTF-8."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
@@ -140,20 +164,20 @@ def _lines(path: Path) -> Iterator[str | DataError]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 place = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
-                yield DataError(f"{path}, line {number} is not UTF-8: {place}", "save the file as UTF-8")
+                yield BadLine(path, number, f"is not UTF-8: {place}", "save the file as UTF-8")
 
 
 def _whole_lines(path: Path) -> Iterator[str]:
     """Decoded lines, for files that cannot be read on behind a bad one. Raises DataError."""
     for line in _lines(path):
-        if isinstance(line, DataError):
-            raise line
+        if isinstance(line, BadLine):
+            raise _refused([line])
         yield line
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), 1):
-        if isinstance(line, DataError):
+        if isinstance(line, BadLine):
             yield line
             continue
         if not line.strip():
@@ -161,12 +185,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield DataError(f"{path}, line {number} is not JSON: {error}", "mend or remove that line")
+            yield BadLine(path, number, f"is not JSON: {error}", "mend or remove that line")
             continue
         if isinstance(row, dict):
             yield row
         else:
-            yield DataError(f"{path}, line {number} is a {type(row).__name__}, not an object", "write one {...} a line")
+            yield BadLine(path, number, f"is a {type(row).__name__}, not an object", "write one {...} a line")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -197,7 +221,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 yield dict(zip(header, row, strict=True))
             else:
                 fields = f"has {len(row)} fields, the header {len(header)}"
-                yield DataError(f"{path}, line {reader.line_num} {fields}", "mend that line")
+                yield BadLine(path, reader.line_num, fields, "mend that line")
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}", "mend that line") from None
 

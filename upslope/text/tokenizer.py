@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from upslope.errors import DataError
 
+MASK = "<|mask|>"  # and of one for an encoder
 BOS, EOS = "<|begin|>", "<|end|>"  # of a tokenizer that is trained here
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -27,15 +28,18 @@ class Tokenizer:
     for_sources: a prompt is a source that an encoder reads, so that it is encoded as the tokenizer encodes a text.
     """
 
+    labels: tuple[str, ...] = ()  # see labels.py
+
     def __init__(self, inner: Any, source: str, *, for_sources: bool = False) -> None:
-        if inner.eos_token_id is None:
+        eos = inner.sep_token_id if inner.eos_token_id is None and for_sources else inner.eos_token_id
+        if eos is None:
             raise DataError(
                 f"the tokenizer of {source} has no EOS token", "set eos_token: without it nothing learns to end"
             )
         self.inner = inner
         self.source = source
         self.for_sources = for_sources
-        self.eos_id: int = int(inner.eos_token_id)
+        self.eos_id: int = int(eos)
         self.bos_id: int | None = None if inner.bos_token_id is None else int(inner.bos_token_id)
         self.vocab_size: int = len(inner)
         encoded = inner("a").input_ids
@@ -147,7 +151,7 @@ class Tokenizer:
         return text
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab: int, *, mask: bool = False) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab` tokens, learned from texts.
 
     All 256 bytes are tokens, so that no text is unknown; the other two are the BOS that stands in front of a text and
@@ -158,12 +162,14 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, *([MASK] if mask else [])],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     raw.train_from_iterator(texts, trainer)
     raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, raw.token_to_id(BOS))])
-    inner = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BOS, eos_token=EOS)
+    inner = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=BOS, eos_token=EOS, **({"mask_token": MASK} if mask else {})
+    )
     inner.chat_template = CHAT_TEMPLATE
     return Tokenizer(inner, "the recipe's rows")

@@ -3,8 +3,9 @@
 Each alarm is a pure function of a rollout's metrics, those of earlier rollouts and the [rl] table, and answers with a
 message or nothing. One that begins is recorded, shown in red and put into the report; while it lasts it is silent.
 Three things stop a run instead, for it can no longer be right: optimizer steps in a row that are not finite (below),
-weights that did not reach the engine (engine.py), and more failed rewards than rl.max_failures (scoring.py). Held-out
-prompts have an alarm of their own (judged_worse), in the table at the end and where [task] measures on the way.
+weights that did not reach the engine (engine.py), and more failed rewards than limits.max_failures (scoring.py).
+Held-out prompts have an alarm of their own (judged_worse), in the table at the end and where [task] measures on the
+way.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from upslope.checkpoint import atomic_write_text
-from upslope.config import RL
+from upslope.config import RL, source_name
 from upslope.errors import RunError
 from upslope.evaluate import Estimate
 from upslope.training.run import Run
-from upslope.training.scoring import source_name
 from upslope.training.state import RunState
 
 Metrics = Mapping[str, float]

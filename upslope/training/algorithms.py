@@ -77,11 +77,10 @@ def credit(rl: RL, signal: Signal) -> Credit:
     advantage_A, return_A = CREDITS[rl.credit](rl, signal)
     plain_A = _returns(rl, signal)
     gap_A = return_A - plain_A
-    metrics = {
-        "advantage/std": float(advantage_A.std(correction=0)) if len(advantage_A) else 0.0,
-        "advantage/bias": _mean(gap_A),
-        "advantage/rmse": _mean(gap_A.square()) ** 0.5,
-    }
+    metrics = {}
+    if len(advantage_A):  # of nothing there is no mean
+        metrics["advantage/std"] = float(advantage_A.std(correction=0))
+        metrics |= {"advantage/bias": _mean(gap_A), "advantage/rmse": _mean(gap_A.square()) ** 0.5}
     seen = signal.totals(rl.gamma) if rl.credit == "episode" else plain_A
     scaled_A = SCALES[rl.scale](rl, signal, advantage_A)
     return Credit(scaled_A, return_A, _mean(seen) if len(seen) else None, metrics)

@@ -30,28 +30,31 @@ def items_from(items: int, position: int, count: int, *key: int | str) -> list[i
     return chosen
 
 
-def micro_batches(lengths: Sequence[int], budget: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int],
+    budget: int,
+    groups: Sequence[int] | None = None,
+    shared: Sequence[int] | None = None,
+) -> list[list[int]]:
     """Split indices into parts of at most `budget` tokens, similar lengths together; a group stays adjacent.
 
-    An item longer than the budget is a part by itself. The parts change memory and speed, never the gradient.
+    shared: how many of an item's tokens its group has in common; a part computes, and counts, them once. An item longer
+    than the budget is a part by itself. The parts change memory and speed, never the gradient.
     """
+    group_of = range(len(lengths)) if groups is None else groups
     longest: dict[int, int] = {}
-    for i, length in enumerate(lengths):
-        group = groups[i] if groups is not None else i
+    for group, length in zip(group_of, lengths, strict=True):
         longest[group] = max(longest.get(group, 0), length)
-
-    def key(i: int) -> tuple[int, int, int]:
-        group = groups[i] if groups is not None else i
-        return longest[group], group, i
-
     parts: list[list[int]] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=key):
-        if not parts or tokens + lengths[i] > budget:
+    tokens, last = 0, None
+    for i in sorted(range(len(lengths)), key=lambda i: (longest[group_of[i]], group_of[i], i)):
+        known = shared[i] if shared is not None and group_of[i] == last else 0
+        if not parts or tokens + lengths[i] - known > budget:
             parts.append([])
-            tokens = 0
+            tokens, known = 0, 0
         parts[-1].append(i)
-        tokens += lengths[i]
+        tokens += lengths[i] - known
+        last = group_of[i]
     return parts
 
 

@@ -67,7 +67,7 @@ def collect(
 ) -> tuple[list[Episode], int]:
     """One rollout's episodes, and how many prompts have been used when it is made; `used` were before it.
 
-    Episodes whose reward failed carry the reason and no total; more of them than rl.max_failures allows raise
+    Episodes whose reward failed carry the reason and no total; more of them than limits.max_failures allows raise
     RewardError. Where groups are compared, an episode left alone by failures is not used. With rl.resample, groups
     whose totals are all equal are marked as not used and as many new prompts are drawn, for so many rounds (DAPO's
     dynamic sampling, arXiv 2503.14476, with a bound): what is still missing then makes the rollout smaller.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ class Controllers:
         self.scores.update(torch.tensor(totals, dtype=torch.float64))
 
     def saw_return(self, mean: float | None) -> None:
-        """Take a rollout's mean return into the running baseline, which is that of the rollouts before it."""
-        if mean is None:
+        """Take a rollout's mean return, where it is a number, into the baseline: that of the rollouts before it."""
+        if mean is None or not math.isfinite(mean):
             return
         self.returns = mean if self.returns is None else MEMORY * self.returns + (1 - MEMORY) * mean
 

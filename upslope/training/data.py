@@ -18,9 +18,12 @@ from upslope.models.trunk import Trunk, tokens_seen
 from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
 from upslope.text import cleaning, prepare
+from upslope.text.examples import Examples, Pairs
+from upslope.text.labels import LabelTokenizer, class_examples
 from upslope.text.near import without_near
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
+from upslope.training.masked import masked_texts
 
 Splits = dict[str, Dataset]
 
@@ -40,6 +43,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     table = cleaning.numbered(load_rows(source, limit=data.limit))
     made = PROMPT if data.prompt == PROMPT else None
     columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
+    columns += [data.classes]
     columns += [*task.columns, task.reference, task.source, data.margin, data.group, *data.keep]
     name = data.rows if rows is None else "the rows given"
     require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
@@ -100,9 +104,13 @@ def _as_text(value: Any) -> str | list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
-def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> list[prepare.Example]:
+def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     data, reference = run.recipe.data, run.recipe.task.reference
-    if data.text and data.prompt_words and tokenizer.for_sources:
+    if isinstance(tokenizer, LabelTokenizer):
+        made = class_examples(
+            rows, tokenizer, text=str(data.prompt or data.text), classes=str(data.classes), max_tokens=data.max_tokens
+        )
+    elif data.text and data.prompt_words and tokenizer.for_sources:
         made = prepare.opening_examples(
             rows, tokenizer, text=data.text, words=data.prompt_words, max_tokens=data.max_tokens
         )
@@ -124,9 +132,18 @@ def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokeniz
     return examples
 
 
-def preference_pairs(
-    run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int
-) -> list[prepare.Pair]:
+def masked_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
+    """Texts whose tokens are masked anew at every step."""
+    data = run.recipe.data
+    text = data.text or data.prompt
+    if not text:
+        raise DataError(f"[{stage}] has nothing to mask", "set data.text")
+    examples, account = masked_texts(rows, tokenizer, text=text, max_tokens=data.max_tokens)
+    run.account(f"{side} texts: {account}", stage, account.examples())
+    return examples
+
+
+def preference_pairs(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int) -> Pairs:
     """Pairs for a stage: from chosen and rejected columns, or whole texts from the labels of one group's rows."""
     data = run.recipe.data
     if data.chosen and data.rejected:
@@ -174,7 +191,7 @@ def make_prompts(run: Book, rows: Dataset, tokenizer: Tokenizer, side: str, stag
     prompts, account = prepare.prompts(
         rows,
         tokenizer,
-        prompt=data.prompt,
+        prompt=data.text if data.classes and not data.prompt else data.prompt,
         text=data.text if data.prompt_words else None,
         words=data.prompt_words,
         messages=data.messages if not data.prompt else None,

@@ -40,5 +40,6 @@ class SentenceEncoder:
             batch = self.tokenizer(chunk, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             hidden = self.model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
-            parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+            real = hidden.masked_fill(mask == 0, 0.0)  # not hidden * mask: 0 times a pad's nan would be a nan
+            parts.append(torch.nn.functional.normalize(real.sum(1) / mask.sum(1), dim=-1))
         return torch.cat(parts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upslope.ragged import Ragged
+from upslope.training.batches import micro_batches
 
 
 @dataclass
@@ -50,6 +51,12 @@ class Episode:
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def episode_parts(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
+    """Which of the episodes are computed at once: parts of at most `budget` tokens, a common prompt counted once."""
+    groups, prompts = [e.group for e in episodes], [e.prompt_length for e in episodes]
+    return micro_batches([len(e.ids) for e in episodes], budget, groups, prompts)
 
 
 def lay_out(episodes: Sequence[Episode], needs_source: bool = False) -> tuple[Ragged, Tensor]:

@@ -24,7 +24,8 @@ from upslope.evaluate import Estimate, interval
 from upslope.models.trunk import Trunk
 from upslope.observe.events import read_events
 from upslope.text.cleaning import Account
-from upslope.text.prepare import Example, Prompt
+from upslope.text.examples import Example
+from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.collect import generate
 from upslope.training.episode import Episode

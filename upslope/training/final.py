@@ -12,7 +12,8 @@ import torch
 
 from upslope.algo import token_logprobs
 from upslope.engine import Engine, Sampling
-from upslope.evaluate import Estimate, Outcome, estimates, table_rows
+from upslope.errors import DataError
+from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
 from upslope.models.trunk import Trunk
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
@@ -54,11 +55,20 @@ class Trial:
         """A baseline's answers, as if a policy had written and ended them."""
         episodes = []
         for n, (prompt, text) in enumerate(zip(self.prompts, answers, strict=True)):
-            ids = [*self.tokenizer.encode(text, special=False), self.tokenizer.eos_id]
+            ids = self._written(text)
             first = len(prompt.ids)
             places = list(range(first, first + len(ids)))
             episodes.append(Episode(prompt.text, text, [*prompt.ids, *ids], places, [0.0] * len(ids), "eos", 0, n, 0))
         return episodes
+
+    def _written(self, text: str) -> list[int]:
+        """What a policy would have chosen to write this text. Raises DataError where it is no label."""
+        labels = self.tokenizer.labels
+        if not labels:
+            return [*self.tokenizer.encode(text, special=False), self.tokenizer.eos_id]
+        if text not in labels:
+            raise DataError(f"the baseline answers {text!r:.40}, which is no label", "set task.baseline = majority")
+        return [labels.index(text)]
 
     def outcome(self, episodes: Sequence[Episode], policy: Trunk | None, start: Trunk | None) -> Outcome:
         """All numbers of some answers; KL where `policy` wrote them, to `start`."""
@@ -127,6 +137,7 @@ def record_comparison(
     """
     found = estimates(outcomes, seed=run.recipe.seed, change=(shape.before, shape.after))
     note = f"{len(prompts)} held-out prompts, one completion each; value [95 % bootstrap interval over prompts]"
+    note += without_score(outcomes)
     run.record(
         "table",
         stage="eval",

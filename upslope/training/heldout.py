@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upslope.config import source_name
 from upslope.config.metrics import METRICS, falls
 from upslope.engine import Engine, Sampling
 from upslope.evaluate import Estimate, estimate, interval
@@ -27,7 +28,7 @@ from upslope.training.alarms import judged_worse
 from upslope.training.collect import generate
 from upslope.training.episode import Episode
 from upslope.training.run import Run
-from upslope.training.scoring import Scorer, Source, source_name
+from upslope.training.scoring import Scorer, Source
 from upslope.training.state import RunState
 
 HELD_OUT_STEP = 2**29  # a rollout number of its own: these random numbers are no training rollout's

@@ -16,7 +16,7 @@ from upslope.errors import ModelError
 from upslope.models.trunk import Trunk
 from upslope.rewards.reference import references
 from upslope.rewards.types import RewardOutput
-from upslope.text.prepare import Example
+from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.batches import micro_batches
 from upslope.training.encoder import INSTALL, SentenceEncoder, encoder_folder

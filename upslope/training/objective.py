@@ -20,8 +20,7 @@ from upslope.models.heads import ActorCritic, TokenScores
 from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 from upslope.training.algorithms import POLICY_LOSSES
-from upslope.training.batches import micro_batches
-from upslope.training.episode import action_starts, lay_out
+from upslope.training.episode import action_starts, episode_parts, lay_out
 from upslope.training.rollout import Batch, Frozen
 from upslope.training.run import Run
 from upslope.training.state import RunState
@@ -123,7 +122,7 @@ def minibatch_parts(rl: RL, batch: Batch, members: Sequence[int], policy: Trunk)
     episodes = [batch.episodes[e] for e in members]
     whole = action_starts(episodes)
     weight_A = token_weights(whole, rl.reduction, limit=rl.max_tokens)
-    for places in micro_batches([len(e.ids) for e in episodes], rl.optim.micro_tokens, [e.group for e in episodes]):
+    for places in episode_parts(episodes, rl.optim.micro_tokens):
         chosen = [episodes[i] for i in places]
         ragged, action_A = lay_out(chosen, policy.needs_source)
         own = torch.cat([torch.arange(int(whole[i]), int(whole[i + 1])) for i in places])
@@ -143,6 +142,10 @@ def terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted terms of a micro-batch, whose sum is its loss, and its shares of the statistics."""
     device, weight_A = scores.logp_A.device, part.weight_A
+    if rl.scores_once:  # these weights have sampled: their log-probabilities are the old ones
+        batch.old_logp_A[part.rows] = scores.logp_A.detach().float().cpu()
+        batch.ref_logp_A[part.rows] = batch.old_logp_A[part.rows]
+        batch.entropy_A[part.rows] = scores.entropy_A.detach().float().cpu()
     old_logp_A, advantage_A = batch.old_logp_A[part.rows].to(device), batch.advantage_A[part.rows].to(device)
     policy_A, found = POLICY_LOSSES[rl.loss](rl, scores.logp_A, old_logp_A, advantage_A, part.starts)
     stats = {name: value for name, value in found.items() if name == "clipped_A"}

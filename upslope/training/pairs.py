@@ -27,7 +27,7 @@ from upslope.config import RewardModel as RewardConfig
 from upslope.models.heads import RewardModel
 from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
-from upslope.text.prepare import Pair
+from upslope.text.examples import Pair
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.batches import lay_out_texts, micro_batches
 from upslope.training.export import export_policy, export_reward_model

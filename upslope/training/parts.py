@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from upslope.config import POLICY_STAGES, RL, Recipe
+from upslope.config import POLICY_STAGES, RL, Recipe, source_name
 from upslope.config.metrics import METRICS
 from upslope.engine import Engine, Sampling
 from upslope.errors import ModelError
@@ -27,7 +27,7 @@ from upslope.training.export import load_reward_model
 from upslope.training.heldout import MetricSource, TaskMetrics, Watched
 from upslope.training.judges import LikelihoodSource, SimilaritySource
 from upslope.training.run import Run
-from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source, source_name
+from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source
 
 
 @dataclass
@@ -71,19 +71,26 @@ class Pipeline:
         before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
         return str(self.stage_folder(before[-1]) / "model") if before else self.start
 
-    def trunk(self, source: str, *, trained: bool) -> Trunk:
-        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen."""
+    def trunk(self, source: str, *, trained: bool, chooses: bool = True) -> Trunk:
+        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen.
+
+        chooses: among the labels of the data, where it has those.
+        """
         model = load_model(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
+        if model.needs_source != self.tokenizer.for_sources:
+            kinds = ("an encoder-decoder", "a model without an encoder")
+            found, wanted = kinds if model.needs_source else kinds[::-1]
+            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
+        if self.tokenizer.labels and chooses:
+            model.take_labels(self.tokenizer.labels)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(
                 f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
                 "use the tokenizer that the model was trained with",
             )
-        if model.needs_source != self.tokenizer.for_sources:
-            kinds = ("an encoder-decoder", "a model without an encoder")
-            found, wanted = kinds if model.needs_source else kinds[::-1]
-            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
+        if model.remark:
+            self.run.account(f"the model: {model.remark}")
         model.compute_dtype = self.run.dtype
         model.to(self.run.device)
         return model if trained else model.requires_grad_(False)
@@ -98,7 +105,7 @@ class Pipeline:
         optim = getattr(getattr(self.recipe, stage), "optim", self.recipe.optim)
         budget, stop = optim.micro_tokens, self.run.should_stop
         if self.given.reward is not None and name == self.given.reward_name:
-            return self.function_source(self.given.reward, getattr(self.given.reward, "__name__", "reward"))
+            return self.function_source(self.given.reward, label)
         if word == "stage":
             model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
             model.trunk.compute_dtype = self.run.dtype
@@ -117,8 +124,8 @@ class Pipeline:
         return self.function_source(METRICS[name].source or name if name in METRICS else name, label)
 
     def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
-        """A function of the user's in its worker process, under the limits of [rl]."""
-        seconds, gb = self.limit("timeout_s"), self.limit("memory_gb")
+        """A function of the user's in its worker process, under the recipe's limits."""
+        seconds, gb = self.recipe.limits.timeout_s, self.recipe.limits.memory_gb
         return FunctionSource(source, name, timeout_s=seconds, memory_gb=gb, should_stop=self.run.should_stop)
 
     def scorer(self, stage: str = "rl") -> Scorer:
@@ -128,7 +135,7 @@ class Pipeline:
         return Scorer(
             [self.source(name, stage) for name in rewards],
             list(rewards.values()),
-            self.limit("max_failures"),
+            self.recipe.limits.max_failures,
             partial(self.tokenizer.pieces, skip_special=True),
         )
 
@@ -142,7 +149,7 @@ class Pipeline:
         engine = Engine(
             make_runner(model, dtype=self.run.dtype),
             eos_id=self.tokenizer.eos_id,
-            slots=self.limit("slots"),
+            slots=self.recipe.limits.slots,
             seed=self.recipe.seed,
             text_of=self.tokenizer.decode,
             valid_vocab=self.tokenizer.vocab_size,
@@ -188,7 +195,7 @@ class Pipeline:
     @contextmanager
     def measuring(self, stage: str, model: Trunk) -> Iterator[Callable[[int], dict[str, float]] | None]:
         """What measures [task] on a stage's model when that is done, given the number of steps; None without [task]."""
-        watched = self.watched(stage)
+        watched = None if stage == "pretrain" and model.masks else self.watched(stage)  # it writes nothing yet
         if watched:
             self.require_room(model, "held-out", watched.prompts)
         try:

@@ -13,7 +13,7 @@ from upslope.models.open import make_runner
 from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.training.closing import evaluate_run
-from upslope.training.data import make_prompts, preference_pairs, require_room, supervised_examples
+from upslope.training.data import make_prompts, masked_examples, preference_pairs, require_room, supervised_examples
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
 from upslope.training.parts import Given, Pipeline
@@ -100,9 +100,10 @@ def plan_work(recipe: Recipe) -> dict[str, float]:
 
 def _supervised(stage: str) -> Callable[[Pipeline], None]:
     def run_stage(p: Pipeline) -> None:
-        train = supervised_examples(p.run, stage, p.splits["train"], p.tokenizer, "train")
-        valid = supervised_examples(p.run, stage, p.held_out, p.tokenizer, "held-out")
-        model = p.trunk(p.source_of(stage), trained=True)
+        model = p.trunk(p.source_of(stage), trained=True, chooses=stage != "pretrain")
+        make = masked_examples if stage == "pretrain" and model.masks else supervised_examples
+        train = make(p.run, stage, p.splits["train"], p.tokenizer, "train")
+        valid = make(p.run, stage, p.held_out, p.tokenizer, "held-out")
         for side, examples in (("train", train), ("held-out", valid)):
             require_room(model, side, ((e.row, (n := e.trained.index(True)), len(e.ids) - n) for e in examples))
         with p.measuring(stage, model) as at_end:
@@ -141,7 +142,7 @@ def _rl(p: Pipeline) -> None:
     engine = Engine(
         make_runner(policy, dtype=p.run.dtype),
         eos_id=p.tokenizer.eos_id,
-        slots=rl.slots,
+        slots=p.recipe.limits.slots,
         seed=p.recipe.seed,
         text_of=p.tokenizer.decode,
         valid_vocab=p.tokenizer.vocab_size,

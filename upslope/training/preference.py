@@ -7,7 +7,8 @@ with both denominators those of the whole optimizer batch. Which L, and of which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from upslope.algo import reduce
 from upslope.errors import DataError
 from upslope.evaluate import Estimate, interval
 from upslope.models.trunk import Trunk, tokens_seen
-from upslope.text.prepare import Pair
+from upslope.text.examples import Pair
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, micro_batches
@@ -29,7 +30,7 @@ from upslope.training.update import Stats, StopAsked, learning_rate, make_optimi
 
 
 def run_pairs(
-    run: Run, cfg: PairConfig, learner: Learner, tokenizer: Tokenizer, train: list[Pair], valid: list[Pair]
+    run: Run, cfg: PairConfig, learner: Learner, tokenizer: Tokenizer, train: Sequence[Pair], valid: Sequence[Pair]
 ) -> dict[str, float]:
     """Learn from pairs, report the accuracy on unseen ones before and after, write STAGE/model.
 
@@ -38,7 +39,7 @@ def run_pairs(
     """
     stage = learner.stage
     held_out = valid[: cfg.eval_pairs]
-    _check_context([*train, *held_out], learner.trunk)
+    _check_context(chain(train, held_out), learner.trunk)
     freeze_lowest(learner.trunk, cfg.freeze_layers)
     state = RunState(stage, learner.model, make_optimizer(learner.model, cfg.optim))
     state.restore(run)
@@ -139,7 +140,7 @@ def record_accuracy(run: Run, stage: str, before: dict[str, float], after: dict[
     run.record("table", stage=stage, title=title, columns=["", "before", "after"], rows=rows, note=note)
 
 
-def _check_context(pairs: Sequence[Pair], model: Trunk) -> None:
+def _check_context(pairs: Iterable[Pair], model: Trunk) -> None:
     context = model.config.context
     sides = ((p.prompt_length, len(side) - p.prompt_length) for p in pairs for side in (p.chosen, p.rejected))
     longest = max(tokens_seen(model.needs_source, *lengths) for lengths in sides)

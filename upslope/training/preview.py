@@ -25,7 +25,7 @@ from upslope.training.data import (
     preference_pairs,
     supervised_examples,
 )
-from upslope.training.start import texts_of
+from upslope.training.start import labelled, texts_of
 
 NEAR = 0.8  # resemblance from which two texts on two sides are told
 CHECKED = 5000  # rows of each side that are compared for it
@@ -76,6 +76,7 @@ def preview(recipe: Recipe, *, examples: int = 2, rows: Any = None, plain: bool 
     else:
         source = resolve(recipe.model)
         tokenizer = Tokenizer.load(source, for_sources=needs_source(source))
+    tokenizer = labelled(book, tokenizer, splits, recipe.data)
     for stage in recipe.stages:
         show_stage(book, stage, splits, tokenizer, examples)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from upslope.algo import kto_reference_point
 from upslope.errors import DataError
 from upslope.models.trunk import Trunk, tokens_seen
-from upslope.text.prepare import Pair
+from upslope.text.examples import Pair
 from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.pairs import Learner, PairBatch, PairConfig, Sides, pair_logprobs, pair_tokens
 from upslope.training.run import Run

@@ -25,7 +25,7 @@ from upslope.training.export import export_policy
 from upslope.training.heldout import Watched, watch_task
 from upslope.training.objective import Prices, critic_step, drift, minibatch_step
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
-from upslope.training.rollout import Batch, Frozen, prepare, reference_metrics, rollout_metrics
+from upslope.training.rollout import Batch, Frozen, policy_metrics, prepare, reference_metrics, rollout_metrics
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState, freeze_lowest
@@ -64,6 +64,8 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
                 break
             episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
             metrics |= improve(run, rl, actors, state, controllers, batch)
+            if rl.scores_once:
+                metrics |= policy_metrics(batch)
             finish_rollout(run, rl, actors, state, controllers, episodes, batch, metrics)
             state.save_if_due(run)
     except (StopAsked, Interrupted):
@@ -102,9 +104,11 @@ def next_rollout(
     )
     controllers.saw_return(found.mean)
     metrics = found.metrics | rollout_metrics(episodes, batch, rl.samples)
+    if batch.scored:
+        metrics |= policy_metrics(batch)
     if actors.frozen.reference is not None:
         metrics |= reference_metrics(batch) | {"kl/coefficient": controllers.kl.coefficient}
-    if rl.critic != "none":
+    if rl.critic != "none" and batch.episodes:
         metrics["critic/explained_variance"] = explained_variance(batch.value_A, batch.return_A)
     metrics["time/rollout_s"] = collected - start
     metrics["time/prepare_s"] = time.perf_counter() - collected
@@ -212,7 +216,7 @@ def finish_rollout(
     """Record a rollout that has been learned from, and let go of it."""
     for episode in episodes:
         run.episodes.write("episode", stage="rl", step=state.rollout, **episode.record())
-    if "kl/reference_per_completion" in metrics:
+    if math.isfinite(metrics.get("kl/reference_per_completion", math.nan)):
         controllers.kl.update(metrics["kl/reference_per_completion"], len(batch.episodes))
     if math.isfinite(metrics.get("policy/drift", math.nan)):
         controllers.trust.update(metrics["policy/drift"])

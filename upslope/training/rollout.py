@@ -15,8 +15,7 @@ from upslope.models.heads import ActorCritic, Cut
 from upslope.models.trunk import Trunk
 from upslope.ragged import Ragged
 from upslope.training.algorithms import Credit, Signal, credit
-from upslope.training.batches import micro_batches
-from upslope.training.episode import Episode, action_starts, lay_out
+from upslope.training.episode import Episode, action_starts, episode_parts, lay_out
 from upslope.training.update import never, stop_if
 
 
@@ -25,7 +24,8 @@ class Batch:
     """Prepared episodes: flat tensors over A action tokens, in fp32 on the CPU, and the offsets of each episode.
 
     behaviour_logp_A: of the sampler; old_logp_A: the trainer's own, of the weights that sampled; both detached.
-    ref_logp_A is old_logp_A where there is no reference.
+    ref_logp_A is old_logp_A where there is no reference. Where rl.scores_once, old_logp_A and entropy_A are nan until
+    the one step that uses the batch has filled them.
     """
 
     episodes: list[Episode]
@@ -37,6 +37,11 @@ class Batch:
     ref_logp_A: Tensor
     advantage_A: Tensor
     return_A: Tensor
+
+    @property
+    def scored(self) -> bool:
+        """Whether the trainer's own log-probabilities are there already."""
+        return not bool(self.old_logp_A.isnan().any())
 
     def rows(self, members: Sequence[int]) -> Tensor:
         """The places over A of some episodes' actions, in the order of `members`."""
@@ -91,7 +96,10 @@ def prepare(
     bootstrap_B = torch.zeros(len(episodes))
     behaviour = torch.tensor([p for e in episodes for p in e.logp])
     batch = Batch(episodes, starts, behaviour, old, entropy, value, ref, old, old)
-    for part in micro_batches([len(e.ids) for e in episodes], 2 * rl.optim.micro_tokens, [e.group for e in episodes]):
+    if rl.scores_once:
+        for waiting in (old, entropy, ref):
+            waiting.fill_(float("nan"))
+    for part in [] if rl.scores_once else episode_parts(episodes, 2 * rl.optim.micro_tokens):
         stop_if(should_stop)
         members = [episodes[i] for i in part]
         ragged, action_A = lay_out(members, model.policy.needs_source)
@@ -146,7 +154,7 @@ def rollout_metrics(episodes: Sequence[Episode], batch: Batch, samples: int) -> 
     """What a rollout was like; each mean is over what its name says: episodes that were scored, or action tokens.
 
     The token means are over the batch that is learned from; reward/equal_groups is the share of prompts whose scored
-    samples all got the same total, where there are several.
+    samples all got the same total, among those with several of them.
     """
     scored = [e for e in episodes if e.total is not None]
     totals = np.array([e.total for e in scored])
@@ -162,16 +170,26 @@ def rollout_metrics(episodes: Sequence[Episode], batch: Batch, samples: int) -> 
     for name in scored[0].rewards:
         metrics[f"reward/{name}"] = float(np.mean([e.rewards[name] for e in scored]))
     if samples > 1:
-        groups: dict[int, set[float | None]] = {}
+        groups: dict[int, list[float | None]] = {}
         for e in scored:
-            groups.setdefault(e.group, set()).add(e.total)
-        metrics["reward/equal_groups"] = sum(len(totals) == 1 for totals in groups.values()) / len(groups)
-    if batch.episodes:
-        gap_A = (batch.behaviour_logp_A - batch.old_logp_A).abs()
-        metrics["policy/entropy"] = float(batch.entropy_A.mean())
-        metrics["policy/sampler_gap_mean"] = float(gap_A.mean())
-        metrics["policy/sampler_gap_max"] = float(gap_A.max())
+            groups.setdefault(e.group, []).append(e.total)
+        several = [group for group in groups.values() if len(group) > 1]
+        if several:
+            metrics["reward/equal_groups"] = sum(len(set(group)) == 1 for group in several) / len(several)
     return metrics
+
+
+def policy_metrics(batch: Batch) -> dict[str, float]:
+    """The policy's entropy where it acted, and how far the sampler's log-probabilities are from the trainer's: over the
+    tokens learned from. Nothing for an empty batch."""
+    if not batch.episodes:
+        return {}
+    gap_A = (batch.behaviour_logp_A - batch.old_logp_A).abs()
+    return {
+        "policy/entropy": float(batch.entropy_A.mean()),
+        "policy/sampler_gap_mean": float(gap_A.mean()),
+        "policy/sampler_gap_max": float(gap_A.max()),
+    }
 
 
 def reference_metrics(batch: Batch) -> dict[str, float]:

@@ -31,7 +31,9 @@ import torch
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
 from upslope.config import Recipe
 from upslope.errors import RunError
-from upslope.observe.events import EventLog, read_events
+from upslope.kernels import cpu
+from upslope.kernels.allocator import keep_freed_memory
+from upslope.observe.events import EventLog, finite, read_events
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
 from upslope.version import VERSION
@@ -61,6 +63,7 @@ class Run:
             if self.done(stage):  # a process killed while it closed the stage may have left them
                 shutil.rmtree(self.stage_folder(stage) / "checkpoints", ignore_errors=True)
         sizes = self._log_sizes()
+        keep_freed_memory()
         self.facts = self._machine_facts()
         self.log = EventLog(self.folder / "events.jsonl", keep_bytes=sizes["events"])
         self.episodes = EventLog(self.folder / "episodes.jsonl", keep_bytes=sizes["episodes"])
@@ -92,7 +95,9 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def mark_done(self, stage: str, metrics: Mapping[str, Any]) -> None:
-        record = {"metrics": dict(metrics), "logs": self.log_sizes()}
+        bad: list[str] = []
+        record = {"metrics": finite(dict(metrics), "metrics", bad), "logs": self.log_sizes()}
+        record |= {"nonfinite": bad} if bad else {}
         atomic_write_text(self.stage_folder(stage) / "done.json", json.dumps(record, indent=1))
 
     def log_sizes(self) -> dict[str, int]:
@@ -177,7 +182,7 @@ class Run:
             return
         old = json.loads(path.read_text())
         changed = _differences(old, new)
-        changed = [c for c in changed if not c.startswith("checkpoint_minutes:")]
+        changed = [c for c in changed if not c.startswith(("checkpoint_minutes:", "limits."))]
         if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "start", ignore_errors=True)
@@ -205,6 +210,14 @@ class Run:
                     return dict(checkpoint.state["logs"])
         return {"events": 0, "episodes": 0}
 
+    def describe_machine(self) -> str:
+        """What the run computes on, and how, for the terminal."""
+        facts = self.facts
+        between = "compiled kernels" if facts["kernels"] else "torch's own operations"
+        if facts["device"] == "cpu" and not facts["kernels"]:
+            between += " (with the compiler g++ it would be faster)"
+        return f"{facts['processor']}; products of matrices in {facts['dtype']}, {between} between; weights in fp32"
+
     def _machine_facts(self) -> dict[str, Any]:
         """Where the run runs; decided at its first start and kept, so that a resumed run computes alike."""
         path = self.folder / "machine.json"
@@ -215,13 +228,14 @@ class Run:
                     "this run began on a GPU and there is none here", "resume it there, or start anew with -o"
                 )
             torch.set_num_threads(facts["threads"])
-            return facts
+            return facts | {"kernels": facts["device"] == "cpu" and cpu.available()}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = self.recipe.dtype if self.recipe.dtype != "auto" else fast_dtype(device)
         facts = {
             "device": device,
             "dtype": dtype,
             "threads": torch.get_num_threads(),
+            "kernels": device == "cpu" and cpu.available(),
             "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
             "system": platform.platform(terse=True),
         }

@@ -7,15 +7,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from upslope.config.metrics import WORDS
-from upslope.errors import RecipeError, RewardError
+from upslope.errors import RewardError
 from upslope.models.heads import RewardModel
 from upslope.rewards.functions import FunctionReward
 from upslope.rewards.types import RewardOutput
 from upslope.training.episode import Episode
 from upslope.training.pairs import score_texts
 
-TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
+FP32_MAX = float(np.finfo(np.float32).max)
 
 
 class Source(Protocol):
@@ -80,8 +79,7 @@ class FunctionSource:
 class Scorer:
     """A weighted sum of sources: a failure of any is the failure of the episode, never a 0.
 
-    pieces: the text that each of some token ids adds, by which a reward's steps find their actions. Raises RecipeError
-    for a reward whose name is that of another metric.
+    pieces: the text that each of some token ids adds, by which a reward's steps find their actions.
     """
 
     def __init__(
@@ -95,8 +93,6 @@ class Scorer:
         self.weights = list(weights)
         self.max_failures = max_failures
         self.pieces = pieces
-        for name in {source.name for source in self.sources} & TAKEN:
-            raise RecipeError(f"a reward named {name} would be taken for the metric reward/{name}", "rename it")
 
     def score(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> None:
         """Fill in each episode's rewards, steps, total and failure; `check` judges how many failed."""
@@ -113,6 +109,9 @@ class Scorer:
                 if episode.total is not None:
                     episode.total += weight * float(score)
                     episode.steps += self._placed(episode, output.step_B.get(i, []), weight)
+        for episode in episodes:
+            if episode.total is not None and not _fits([episode.total, *(score for _, score in episode.steps)]):
+                episode.failure, episode.total = f"a weighted score of {episode.total} or its steps: beyond fp32", None
 
     def check(self, episodes: Sequence[Episode]) -> None:
         """Raise RewardError where more than the allowed share of scored episodes failed, or all of them."""
@@ -120,7 +119,7 @@ class Scorer:
         if len(failed) > self.max_failures * len(episodes) or len(failed) == len(episodes):
             raise RewardError(
                 f"{len(failed)} of {len(episodes)} rewards failed, the first with {failed[0].failure}",
-                f"mend the reward, or allow more with rl.max_failures (now {self.max_failures:g})",
+                f"mend the reward, or allow more with limits.max_failures (now {self.max_failures:g})",
             )
 
     def _placed(self, episode: Episode, steps: Sequence[tuple[int, float]], weight: float) -> list[tuple[int, float]]:
@@ -136,9 +135,6 @@ class Scorer:
             source.close()
 
 
-def source_name(source: str) -> str:
-    """The short name of a score: a metric's, `learned` for a stage's model, else the function's own name."""
-    word, colon, argument = source.partition(":")
-    if word in WORDS and colon:
-        return {"stage": "learned", "likelihood": "likelihood"}.get(word, f"{word}_{argument}")
-    return source.rpartition(":")[2]
+def _fits(numbers: Sequence[float]) -> bool:
+    """Whether numbers stay numbers in fp32, in which everything behind a reward is computed."""
+    return all(abs(number) <= FP32_MAX for number in numbers)

@@ -16,7 +16,7 @@ from typing import Any
 from upslope.config import STAGES
 from upslope.observe.runs import read_json, steps_of
 
-NO_MATTER = ("name", "optim", "eval", "checkpoint_minutes")  # a stage's own table holds the optim it goes by
+NO_MATTER = ("name", "optim", "eval", "limits", "checkpoint_minutes")  # a stage's own table holds the optim it goes by
 
 
 def begin_from(others: Sequence[Path], folder: Path, table: Mapping[str, Any]) -> str:

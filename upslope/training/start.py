@@ -17,8 +17,9 @@ from datasets import Dataset
 from upslope.config import Data, Recipe, Scratch
 from upslope.models.open import needs_source, new_model
 from upslope.sources import resolve
+from upslope.text.labels import LabelTokenizer, labels_of
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
-from upslope.training.data import Splits, load_splits
+from upslope.training.data import Book, Splits, load_splits
 from upslope.training.export import write_model, writing
 from upslope.training.run import Run
 
@@ -31,19 +32,29 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
     if isinstance(recipe.model, str):
         source = resolve(recipe.model)
         tokenizer = Tokenizer.load(source, for_sources=needs_source(source))  # a wrong name is told first
-        return recipe.model, tokenizer, load_splits(run, recipe.data, recipe.seed, rows)
+        splits = load_splits(run, recipe.data, recipe.seed, rows)
+        return recipe.model, labelled(run, tokenizer, splits, recipe.data), splits
     splits = load_splits(run, recipe.data, recipe.seed, rows)
     folder = models / "start" / "model"
     if not folder.is_dir():
         write_start(folder, recipe.model, recipe.seed, splits["train"], recipe.data)
     tokenizer = Tokenizer.load(folder, for_sources=needs_source(folder))
     run.account(f"model: a new {recipe.model.kind}; {tokenizer.vocab_size} tokens, made from the training side alone")
-    return str(folder), tokenizer, splits
+    return str(folder), labelled(run, tokenizer, splits, recipe.data), splits
+
+
+def labelled(run: Book, tokenizer: Tokenizer, splits: Splits, data: Data) -> Tokenizer:
+    """The tokenizer, which writes labels where the data has classes: those of the training side, and no other."""
+    if not data.classes:
+        return tokenizer
+    labels = labels_of(splits, data.classes)
+    run.account(f"labels: {len(labels)}, of the training side: {', '.join(labels[:10])}{', ...' * (len(labels) > 10)}")
+    return LabelTokenizer(tokenizer, labels)
 
 
 def write_start(folder: Path, shape: Scratch, seed: int, rows: Dataset, data: Data) -> None:
     """Train the tokenizer, draw the weights, write both in Hugging Face layout."""
-    tokenizer = train_tokenizer(texts_of(rows, data), shape.vocab)
+    tokenizer = train_tokenizer(texts_of(rows, data), shape.vocab, mask=shape.kind == "encoder")
     with writing(folder.parent):
         write_model(folder, new_model(shape, tokenizer.vocab_size, seed), tokenizer)
 

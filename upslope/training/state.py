@@ -117,9 +117,5 @@ def freeze_lowest(model: Trunk, layers: int) -> None:
     """Leave the embeddings and the lowest `layers` blocks as they are; 0 trains everything."""
     if layers > len(model.blocks):
         raise RecipeError(f"freeze_layers = {layers}: the model has {len(model.blocks)} blocks", "lower it")
-    if layers:
-        for name, parameter in model.named_parameters():
-            if {"embed", "position", "embed_norm"} & set(name.split(".")):
-                parameter.requires_grad_(False)
-        for block in model.blocks[:layers]:
-            block.requires_grad_(False)
+    for parameter in model.lowest(layers) if layers else ():
+        parameter.requires_grad_(False)

@@ -52,7 +52,7 @@ def trust_region_update(rl: RL, policy: Trunk, batch: Batch, should_stop: Callab
         before = _before(rl, policy, batch)
         gradient_N = _gradient(rl, policy, batch, before, parameters)
         products = _Fisher(rl, policy, before, parameters, should_stop)
-        metrics = {"optim/grad_norm": float(gradient_N.norm())}
+        metrics = {"trust/grad_norm": float(gradient_N.norm())}
         if not bool(torch.isfinite(gradient_N).all()):
             return metrics | {"optim/skipped": 1.0}
         direction_N = conjugate_gradient(products, -gradient_N, steps=rl.trust.cg_steps)

@@ -1,0 +1,107 @@
+"""Attention over ragged batches: the compiled way, the composed one, and attention sequence by sequence agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upslope.kernels import cpu
+from upslope.models import attention
+from upslope.models.attention import Layout, attend
+from upslope.models.ops import rotate
+from upslope.ragged import Ragged
+
+BATCHES = {
+    "alone": ([5], [-1]),
+    "uneven": ([3, 1, 7, 2], [-1, -1, -1, -1]),
+    "shared prompt": ([4, 3, 6, 1], [-1, 0, 0, 0]),
+    "two prompts and one alone": ([2, 5, 3, 4, 2], [-1, 0, -1, 2, -1]),
+    "a child without tokens": ([4, 0, 2], [-1, 0, 0]),
+}
+CPU = torch.device("cpu")
+
+
+def batch_of(name: str) -> Ragged:
+    lengths, parents = BATCHES[name]
+    return Ragged.of([[1] * n for n in lengths], parents)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def one_by_one(batch: Ragged, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Each sequence by itself, in fp64, its parent's tokens in front."""
+    out = []
+    group = q.shape[1] // k.shape[1]
+    for b, parent in enumerate(batch.parent):
+        own = list(range(batch.starts[b], batch.starts[b + 1]))
+        before = list(range(batch.starts[parent], batch.starts[parent + 1])) if parent >= 0 else []
+        places = torch.tensor([*before, *own], dtype=torch.int64)
+        query = torch.arange(len(before), len(places))[:, None]
+        key = torch.arange(len(places))[None]
+        allowed = (key <= query) if window is None else (key <= query) & (key > query - window)
+        queries = q[torch.tensor(own, dtype=torch.int64)].transpose(0, 1).double()
+        keys, values = (t[places].transpose(0, 1).repeat_interleave(group, 0).double() for t in (k, v))
+        out.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.fixture(params=["compiled", "composed"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "composed":
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip("no C++ compiler here: torch's operations stand in")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("turned", [True, False])
+def test_values_and_gradients(way: str, name: str, window: int | None, turned: bool) -> None:
+    batch = batch_of(name)
+    n = batch.tokens
+    leaves = [random(n, h, 8, seed=i).requires_grad_() for i, h in enumerate((4, 2, 2))]
+    angle = random(n, 1, 4, seed=9)
+    rope = (angle.cos(), angle.sin()) if turned else None
+    found = attend(*leaves, Layout(batch, CPU, window), rope)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    q, k = (rotate(x, angle.cos().double(), angle.sin().double()) if turned else x for x in wide[:2])
+    expected = one_by_one(batch, q, k, wide[2], window)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    pull = random(n, 4, 8, seed=5)
+    found.backward(pull)
+    expected.backward(pull.double())
+    for ours, theirs in zip(leaves, wide, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_of_the_compiled_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.available():
+        pytest.skip("no C++ compiler here: torch's operations stand in")
+    batch = batch_of("shared prompt")
+    leaves = [random(batch.tokens, h, 4, seed=i).requires_grad_() for i, h in enumerate((2, 1, 1))]
+
+    def curvature() -> tuple[Tensor, ...]:
+        out = attend(*leaves, Layout(batch, CPU, None))
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+
+    compiled = curvature()
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    for ours, theirs in zip(compiled, curvature(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_short_and_long_sequences_take_different_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the compiled way ends, the fused one of torch goes on with the same numbers."""
+    batch = batch_of("two prompts and one alone")
+    q, k, v = (random(batch.tokens, h, 8, seed=i) for i, h in enumerate((4, 2, 2)))
+    short = attend(q, k, v, Layout(batch, CPU, None))
+    monkeypatch.setattr(attention, "COMPILED_KEYS", 0)
+    monkeypatch.setattr(attention, "PLAIN_KEYS", 0)
+    torch.testing.assert_close(attend(q, k, v, Layout(batch, CPU, None)), short, rtol=1e-5, atol=1e-5)

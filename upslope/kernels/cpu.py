@@ -1,0 +1,210 @@
+"""The compiled kernels as functions of tensors. All are for rows that lie one behind the other on the CPU.
+
+Each does in one pass over memory what takes torch several, and gives what torch gives but for rounding: sums are in
+fp32, a row is computed by one thread in a fixed order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.kernels.build import library
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+BLOCK = 32  # tokens of a block of keys, as in cpu.cpp
+PARTS = 64  # sums over rows are made of so many partial ones, whatever the number of threads
+
+_POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+SIGNATURES: dict[str, list[Any]] = {
+    "attend": [_POINTER] * 7 + [_COUNT] * 6,
+    "add_norm": [_POINTER] * 5 + [_COUNT] * 2 + [_NUMBER],
+    "norm_backward": [_POINTER] * 6 + [_COUNT] * 3,
+    "swiglu": [_POINTER] * 3 + [_COUNT] * 3,
+    "swiglu_backward": [_POINTER] * 5 + [_COUNT] * 2,
+    "pad": [_POINTER] * 5 + [_COUNT] * 5,
+    "gather": [_POINTER] * 7 + [_COUNT] * 5,
+    "causal_softmax": [_POINTER] * 3 + [_COUNT] * 5 + [_NUMBER],
+    "token_stats": [_POINTER] * 5 + [_COUNT] * 2 + [_NUMBER],
+    "token_gradient": [_POINTER] * 6 + [_COUNT] * 2 + [_NUMBER],
+    "discounted_sums": [_POINTER] * 4 + [_COUNT, _NUMBER],
+    "choose": [_POINTER] * 5 + [_COUNT] * 3,
+}
+
+
+def serve(*tensors: Tensor) -> bool:
+    """Whether the kernels are there and know these tensors: on the CPU, all in fp32 or all in bf16."""
+    first = tensors[0].dtype
+    return first in SUFFIX and all(t.dtype == first and t.device.type == "cpu" for t in tensors) and available()
+
+
+def available() -> bool:
+    """Whether the kernels could be compiled on this machine."""
+    return library() is not None
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    found = getattr(library(), f"{name}_{SUFFIX[dtype]}")
+    found.argtypes, found.restype = SIGNATURES[name], None
+    return found
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def attend(
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    heads: int,
+    window: int,
+) -> Tensor:
+    """One decoding step of attention: positions turned, the new key and value kept, softmax(q k^T / sqrt d) v.
+
+    qkv: slots rows of (heads + 2 kv heads) x d; rope: cos and sin, slots rows of d / 2; keys (slots, kv heads,
+    capacity / BLOCK, d, BLOCK); values (slots, kv heads, capacity, d); length: tokens that each slot holds (int64), the
+    place of the new one; window 0: none. Returns slots rows of heads x d.
+    """
+    slots, (kv_heads, capacity, width) = len(length), values.shape[1:]
+    out = qkv.new_empty(slots, heads * width)
+    cos, sin = rope or (None, None)
+    pointers = (_at(t) for t in (qkv, cos, sin, keys, values, length, out))
+    _function("attend", qkv.dtype)(*pointers, slots, heads, kv_heads, width, capacity, window)
+    return out
+
+
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """x += y, in place; then x / sqrt(mean(x^2) + eps) * weight over the last axis. weight in fp32."""
+    out = torch.empty_like(x)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    _function("add_norm", x.dtype)(_at(x), _at(y), _at(weight), _at(out), None, rows, width, eps)
+    return out
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, and the reciprocal root of each row."""
+    out, scale = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    _function("add_norm", x.dtype)(_at(x), None, _at(weight), _at(out), _at(scale), scale.numel(), x.shape[-1], eps)
+    return out, scale
+
+
+def norm_backward(x: Tensor, grad: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `norm` by x and, in fp32, by weight."""
+    out, parts = torch.empty_like(x), torch.zeros(PARTS, x.shape[-1])
+    pointers = (_at(t) for t in (x, grad, weight, scale, out, parts))
+    _function("norm_backward", x.dtype)(*pointers, scale.numel(), x.shape[-1], PARTS)
+    return out, parts.sum(0)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; both may be columns of one wider tensor."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    _function("swiglu", gate.dtype)(_at(gate), _at(up), _at(out), len(gate), gate.shape[1], gate.stride(0))
+    return out
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of silu(gate) * up by both."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    pointers = (_at(t) for t in (gate, up, grad, grad_gate, grad_up))
+    _function("swiglu_backward", gate.dtype)(*pointers, len(gate), gate.shape[1])
+    return grad_gate, grad_up
+
+
+@dataclass(frozen=True)
+class Table:
+    """Sequences of a ragged batch for the kernels, all int64: (B, 4) with each one's first token, its length, its
+    parent's first token and length; the children of b are child[first_child[b] : first_child[b + 1]]."""
+
+    rows: Tensor
+    first_child: Tensor
+    child: Tensor
+
+
+def pad(x: Tensor, table: Table, places: int, rope: tuple[Tensor, Tensor] | None, *, keys: bool) -> Tensor:
+    """(N, heads, d) to (B, heads, places, d), turned by rope (N rows of d / 2); keys: a parent's tokens in front."""
+    sequences, (_, heads, width) = len(table.rows), x.shape
+    out = x.new_empty(sequences, heads, places, width)
+    cos, sin = rope or (None, None)
+    pointers = (_at(t) for t in (x, cos, sin, table.rows, out))
+    _function("pad", x.dtype)(*pointers, sequences, heads, places, width, keys)
+    return out
+
+
+def gather(padded: Tensor, table: Table, tokens: int, rope: tuple[Tensor, Tensor] | None, *, keys: bool) -> Tensor:
+    """(B, heads, places, d) to (N, heads, d): each token the sum of the places that hold it, turned back by rope."""
+    sequences, heads, places, width = padded.shape
+    out = padded.new_empty(tokens, heads, width)
+    cos, sin = rope or (None, None)
+    pointers = (_at(t) for t in (padded, cos, sin, table.rows, table.first_child, table.child, out))
+    _function("gather", padded.dtype)(*pointers, sequences, heads, places, width, keys)
+    return out
+
+
+def causal_softmax_(scores: Tensor, table: Table, queries: int, window: int, scale: float) -> Tensor:
+    """softmax(scale scores) in place over the keys that a query may see, 0 elsewhere. scores (B, rows, keys); row r is
+    of query r % queries."""
+    (sequences, rows, keys), at = scores.shape, _at(table.rows)
+    _function("causal_softmax", scores.dtype)(_at(scores), None, at, sequences, rows, queries, keys, window, scale)
+    return scores
+
+
+def causal_softmax_backward_(
+    grad: Tensor, weights: Tensor, table: Table, queries: int, window: int, scale: float
+) -> Tensor:
+    """The gradient by the scores, in place of that by the weights: scale w (dw - sum w dw)."""
+    (sequences, rows, keys), at = grad.shape, _at(table.rows)
+    pointers = (_at(grad), _at(weights), at)
+    _function("causal_softmax", grad.dtype)(*pointers, sequences, rows, queries, keys, window, scale)
+    return grad
+
+
+def token_stats(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: the target's log-probability, the entropy, and log sum exp(logits / temperature), in fp32."""
+    logp, entropy, norm = (torch.empty(len(logits)) for _ in range(3))
+    pointers = (_at(t) for t in (logits, target, logp, entropy, norm))
+    _function("token_stats", logits.dtype)(*pointers, *logits.shape, temperature)
+    return logp, entropy, norm
+
+
+def token_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    entropy: Tensor,
+    norm: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """The gradient by the logits, in their place: dlogp/dz = onehot - p, dH/dz = -p (log p + H)."""
+    pointers = (_at(t) for t in (logits, target, entropy, norm, grad_logp, grad_entropy))
+    _function("token_gradient", logits.dtype)(*pointers, *logits.shape, temperature)
+    return logits
+
+
+def choose(logits: Tensor, temperature: Tensor, uniform: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """One token a row, by the inverse of the cumulative distribution of its first `valid` entries: (id, logp).
+
+    temperature in fp32, uniform in fp64. At temperature 0: the most probable token, with its logp at 1.
+    """
+    ids, logp = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    pointers = (_at(t) for t in (logits, temperature, uniform, ids, logp))
+    _function("choose", logits.dtype)(*pointers, *logits.shape, valid)
+    return ids, logp
+
+
+def discounted_sums(x: Tensor, starts: Tensor, decay: float, tail: Tensor | None) -> Tensor:
+    """y_t = x_t + decay y_{t+1} inside each episode (starts: int64 offsets); y behind the last is tail, or 0; fp32."""
+    out = torch.empty_like(x)
+    pointers = (_at(t) for t in (x, starts, tail, out))
+    _function("discounted_sums", x.dtype)(*pointers, len(starts) - 1, decay)
+    return out

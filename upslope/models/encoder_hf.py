@@ -1,0 +1,146 @@
+"""Encoders in and out of Hugging Face layout: BERT, with or without a pooler, masked head and label head, strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from upslope.errors import ModelError
+from upslope.models.checks import check_sizes, reading
+from upslope.models.encoder import Encoder, EncoderConfig
+from upslope.models.hf import ACTIVATIONS as COMMON
+from upslope.models.hf import read_config
+from upslope.models.stack import StackConfig
+from upslope.models.weights import fill, read_weights
+
+MODEL_TYPES = ("bert",)
+ACTIVATIONS = {**COMMON, "relu": "relu"}
+IGNORED = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # buffers and copies
+PAIRED = ("cls.seq_relationship.weight", "cls.seq_relationship.bias")  # next-sentence prediction: not used here
+CLASSIFIER = "classifier.weight"
+
+
+def load_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Encoder:
+    """A BERT from its folder. Raises ModelError."""
+    raw = read_config(folder)
+    weights = {name: w for name, w in read_weights(folder) if not name.endswith(IGNORED) and name not in PAIRED}
+    bare = not any(name.startswith("bert.") for name in weights)  # stored without a head
+    if bare:
+        weights = {f"bert.{name}": w for name, w in weights.items()}
+    with reading(folder / "config.json"):
+        config = _config(raw, weights, folder)
+        check_sizes(config.stack, folder)
+        check_sizes(config, folder)
+        with torch.device("meta"):
+            model = Encoder(config)
+    fill(model, weights, _names(config), dtype, folder)
+    return model
+
+
+def save_encoder(model: Encoder, folder: Path) -> None:
+    """Write configuration and weights as transformers reads them."""
+    c = model.config
+    names = _names(c)
+    theirs = {names[name]: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    back = {"gelu_tanh": "gelu_new"}
+    raw: dict[str, Any] = {
+        "architectures": ["BertForSequenceClassification" if c.labels else "BertForMaskedLM"],
+        "model_type": "bert",
+        "vocab_size": c.tokens,
+        "hidden_size": c.stack.width,
+        "num_hidden_layers": c.stack.layers,
+        "num_attention_heads": c.stack.heads,
+        "intermediate_size": c.stack.ffn_width,
+        "max_position_embeddings": c.stack.context,
+        "type_vocab_size": c.types,
+        "layer_norm_eps": c.stack.norm_eps,
+        "hidden_act": back.get(c.stack.activation, c.stack.activation),
+        "pad_token_id": c.pad_id,
+        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    if c.labels:
+        raw |= {"id2label": dict(enumerate(c.labels)), "label2id": {name: n for n, name in enumerate(c.labels)}}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], folder: Path) -> EncoderConfig:
+    for key in ("is_decoder", "add_cross_attention"):
+        if raw.get(key):
+            raise ModelError(f"{folder}: {key} is set, which an encoder is not", "use another model")
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise ModelError(
+            f"{folder}: position_embedding_type is {raw['position_embedding_type']!r}", "use another model"
+        )
+    activation, heads = raw.get("hidden_act", "gelu"), raw["num_attention_heads"]
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"{folder}: activation {activation!r:.80} is not known", f"known: {', '.join(ACTIVATIONS)}")
+    labels: tuple[str, ...] = ()
+    if CLASSIFIER in weights:
+        named = raw.get("id2label") or {}
+        labels = tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(len(weights[CLASSIFIER])))
+    stack = StackConfig(
+        width=raw["hidden_size"],
+        layers=raw["num_hidden_layers"],
+        heads=heads,
+        head_dim=raw["hidden_size"] // heads,
+        ffn_width=raw["intermediate_size"],
+        context=raw["max_position_embeddings"],
+        norm="layer",
+        norm_eps=raw.get("layer_norm_eps", 1e-12),
+        pre_norm=False,
+        embed_norm=True,
+        bias=True,
+        scaled=True,
+        gated=False,
+        activation=ACTIVATIONS[activation],
+        position="learned",
+    )
+    return EncoderConfig(
+        tokens=raw["vocab_size"],
+        stack=stack,
+        types=raw.get("type_vocab_size", 2),
+        pooler="bert.pooler.dense.weight" in weights,
+        masked_head="cls.predictions.bias" in weights,
+        labels=labels,
+        pad_id=raw.get("pad_token_id") or 0,
+    )
+
+
+BOTH = ("weight", "bias")
+AROUND = {
+    "embed": "bert.embeddings.word_embeddings",
+    "types": "bert.embeddings.token_type_embeddings",
+    "stack.position": "bert.embeddings.position_embeddings",
+    "stack.embed_norm": "bert.embeddings.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "masked.dense": "cls.predictions.transform.dense",
+    "masked.norm": "cls.predictions.transform.LayerNorm",
+    "label_head": "classifier",
+}
+BLOCK = {
+    "own.q": "attention.self.query",
+    "own.k": "attention.self.key",
+    "own.v": "attention.self.value",
+    "own.o": "attention.output.dense",
+    "own_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+
+
+def _names(c: EncoderConfig) -> dict[str, str]:
+    """Every weight's name: ours -> theirs."""
+    table = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in AROUND.items() for part in BOTH}
+    table["masked.bias"] = "cls.predictions.bias"
+    for i in range(c.stack.layers):
+        for ours, theirs in BLOCK.items():
+            table |= {f"stack.blocks.{i}.{ours}.{part}": f"bert.encoder.layer.{i}.{theirs}.{part}" for part in BOTH}
+    return table

@@ -1,0 +1,76 @@
+"""Labels as what a model writes: an encoder's one action is the number of a label, whose text is its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+
+from upslope.errors import DataError
+from upslope.text.cleaning import Account
+from upslope.text.examples import Example, Examples
+from upslope.text.tokenizer import Tokenizer
+
+
+class LabelTokenizer(Tokenizer):
+    """Reads prompts as its tokenizer does, and writes labels: every one of them ends what is written."""
+
+    def __init__(self, tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+        super().__init__(tokenizer.inner, tokenizer.source, for_sources=tokenizer.for_sources)
+        self.labels = tuple(labels)
+        self.vocab_size = len(self.labels)
+        self.eos_id = tuple(range(len(self.labels)))  # type: ignore[assignment] # the engine takes several
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return " ".join(self.labels[i] for i in ids)
+
+    def pieces(self, ids: Sequence[int], *, skip_special: bool = False) -> list[str]:
+        return [self.labels[i] for i in ids]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer of its prompts; the labels stand in the model's configuration."""
+        self.inner.save_pretrained(str(folder))
+
+
+def labels_of(splits: Mapping[str, Dataset], classes: str) -> tuple[str, ...]:
+    """The labels of the training side, sorted. Raises DataError for fewer than two, or another side's that it lacks."""
+    labels = sorted({str(value) for value in splits["train"][classes] if _is_there(value)})
+    if len(labels) < 2:
+        raise DataError(
+            f"the training side has {len(labels)} labels in column {classes!r}: nothing to choose",
+            "name another column",
+        )
+    known = set(labels)
+    for side, rows in splits.items():
+        for row, value in enumerate(rows[classes] if len(rows) else []):
+            if _is_there(value) and str(value) not in known:
+                raise DataError(
+                    f"row {row} of the {side} side has the label {str(value)!r:.80}, which the training side lacks",
+                    "add such rows, or leave it out with data.keep",
+                )
+    return tuple(labels)
+
+
+def class_examples(
+    rows: Dataset, tokenizer: LabelTokenizer, *, text: str, classes: str, max_tokens: int
+) -> tuple[Examples, Account]:
+    """A text as a source, and its label as the one token that is learned."""
+    account = Account(len(rows), unit="examples")
+    number = {label: n for n, label in enumerate(tokenizer.labels)}
+    made = Examples()
+    for i, (value, label) in enumerate(zip(rows[text], rows[classes], strict=True)):
+        ids = tokenizer.encode_prompt(value) if isinstance(value, str) else []
+        if not _is_there(label):
+            account.drop("without a label", i)
+        elif not ids:
+            account.drop("with an empty source", i)
+        elif len(ids) > max_tokens:
+            account.drop(f"longer than {max_tokens} tokens", i)
+        else:
+            made.append(Example([*ids, number[str(label)]], [False] * len(ids) + [True], i))
+    return made, account.close(len(made))
+
+
+def _is_there(value: object) -> bool:
+    return value is not None and value != ""

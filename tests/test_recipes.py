@@ -8,8 +8,10 @@ from upslope.config import load_recipe, shipped_recipes
 from upslope.observe.events import read_events
 
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
+SNIPPETS = [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()]
 ROWS = {
-    "sentiment-ppo": [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()],
+    "sentiment-ppo": SNIPPETS,
+    "lstm-ppo": SNIPPETS,
     "spelling-correction": [
         {"wrong": f"the {w}{w[-1]} number {n} is here", "right": f"the {w} number {n} is here", "word": f"{w}{n}"}
         for n in range(12)
@@ -22,7 +24,6 @@ ROWS = {
     ],
 }
 SMOKE = (
-    "model={kind = 'decoder', width = 32, layers = 1, heads = 2, context = 128, vocab = 300}",
     "dtype=fp32",
     "data.near=none",
     "data.max_tokens=120",
@@ -43,7 +44,8 @@ def test_each_recipe_has_rows_to_be_tried_with():
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
     recipe = load_recipe(name)
-    over = list(SMOKE)
+    kind = "decoder" if isinstance(recipe.model, str) else recipe.model.kind
+    over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
     for stage in recipe.stages:
         over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
         over += [f"{stage}.freeze_layers=0"]

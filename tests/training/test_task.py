@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import upslope
-from tests.conftest import make_recipe
+from tests.conftest import make_recipe, make_rows
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import load_recipe
 from upslope.errors import DataError, Interrupted, RecipeError
@@ -214,3 +214,26 @@ def test_a_function_of_the_users_is_a_metric_and_its_failures_are_in_no_mean():
     metrics = TaskMetrics(["m.py:mine"], lambda name: Half())
     measured = metrics([type("E", (), {"completion": "x"})()] * 2, [{}] * 2)
     assert measured.statistics()["mine"](np.arange(2)) == 1.0
+
+
+def test_an_encoder_that_chooses_labels_is_measured_like_any_other(tmp_path):
+    """One action, a label: accuracy and macro-F1 on the way and at the end, beside the majority."""
+    recipe = {
+        "model": {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 64, "vocab": 300},
+        "dtype": "fp32",
+        "data": {"rows": "given", "prompt": "text", "classes": "label", "group": "film", "valid": 0.2, "test": 0.2},
+        "task": {"reference": "label", "metrics": ["accuracy", "macro_f1"], "baseline": "majority"},
+        "sft": {"steps": 2, "batch": 8},
+        "rl": {"reward": "accuracy", "steps": 2, "prompts": 6, "max_tokens": 1, "minibatches": 2},
+        "eval": {"prompts": 12, "judges": [], "every": 1, "watched": 8},
+    }
+    folder = upslope.train(recipe, rows=make_rows(), out=tmp_path / "run", plain=True)
+    events = read_events(folder / "events.jsonl")
+    measured = [e for e in events if e["kind"] == "eval" and "task/macro_f1" in e["metrics"]]
+    assert [(e["stage"], e["step"]) for e in measured] == [("sft", 2), ("rl", 0), ("rl", 1), ("rl", 2)]
+    closing = json.loads((folder / "eval" / "done.json").read_text())["metrics"]
+    for column in ("before", "after", "baseline"):
+        assert closing["task: accuracy"][column] == closing["reward: accuracy"][column]
+    # always the same of two labels: one has recall 1 and the precision of its share, the other nothing
+    share = closing["task: accuracy"]["baseline"]
+    assert closing["task: macro_f1"]["baseline"] == pytest.approx(share / (1 + share))

@@ -49,6 +49,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
     table = with_task(table, task, name)
     required = [*task.columns, *([task.reference] if task.reference else [])]
+    about = task.columns or ([data.prompt] if data.prompt and task.reference else [])
     table, account = cleaning.clean(
         table,
         text=data.text or (task.source_column if made else None),
@@ -56,7 +57,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
         max_chars=data.max_chars,
         keep=data.keep,
         required=list(dict.fromkeys(required)),
-        equal=() if data.text else required,
+        equal=[*about, *required] if about and not data.text else (),
     )
     run.account(f"rows: {account}", None, account.examples())
     if data.near is not None:

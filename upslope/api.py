@@ -111,7 +111,11 @@ class LoadedModel:
         samples: int = 1,
         seed: int = 0,
     ) -> list[str]:
-        """Continue each prompt; with several samples, those of the first prompt come first. Temperature 0 is greedy."""
+        """Continue each prompt, or choose its label; with several samples, those of the first prompt come first.
+
+        Temperature 0 is greedy.
+        """
+        max_tokens = 1 if self.tokenizer.labels else max_tokens
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop))
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return [self.tokenizer.decode(c.ids) for c in self.complete(ids, sampling, samples=samples, seed=seed)]

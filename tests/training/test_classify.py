@@ -73,11 +73,11 @@ def test_an_episode_is_one_action_that_ends_it(finished):
 
 
 def test_a_reward_alone_teaches_labels(tmp_path):
-    rl = recipe()["rl"] | {"algorithm": "reinforce", "baseline": "mean", "steps": 40, "prompts": 32}
+    rl = recipe()["rl"] | {"algorithm": "reinforce", "baseline": "mean", "steps": 60, "prompts": 32}
     run = train(tmp_path / "run", sft=None, rl=rl)
     reward = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["kind"] == "step"]
-    first, last = reward[0]["metrics"]["reward/mean"], reward[-1]["metrics"]["reward/mean"]
-    assert first < 0.6 and last > 0.8
+    means = [e["metrics"]["reward/mean"] for e in reward]
+    assert means[0] < 0.45 and sum(means[-5:]) / 5 > 0.65  # one in three by chance
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
@@ -131,5 +131,7 @@ def test_what_cannot_be_is_one_line(finished, model_dir, tmp_path):
             recipe(sft={"steps": 1, "init": str(finished / "sft" / "model")}, rl=None),
             rows=[row for row in labelled_rows() if row["label"] != "so-so"], out=tmp_path / "b", plain=True,
         )  # fmt: skip
+    with pytest.raises(RecipeError, match=r"rl\.max_tokens = 9, but a label of data\.classes is one"):
+        train(tmp_path / "d", rl=recipe()["rl"] | {"max_tokens": 9})
     with pytest.raises(RecipeError, match="tied = false has no place in encoder"):
         upslope.train(recipe(model=SHAPE | {"tied": False}), rows=labelled_rows(), out=tmp_path / "c", plain=True)

@@ -149,6 +149,15 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
+    def _labels_fit(self) -> Recipe:
+        for name, stage in (("rl", self.rl), ("expert", self.expert)):
+            if self.data.classes and stage and stage.max_tokens != 1:
+                raise ValueError(
+                    f"{name}.max_tokens = {stage.max_tokens}, but a label of data.classes is one: set it to 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if not self.stages:
             raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")

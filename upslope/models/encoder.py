@@ -188,7 +188,7 @@ class Encoder(Trunk):
     def init_weights(self, seed: int) -> Encoder:
         """Normal weights of deviation 0.02 at BERT's width of 768, growing as 1 / sqrt(width); from a seed alone.
 
-        Behind a norm a block adds what its weights keep of a unit vector: a narrow one's at 0.02 next to nothing.
+        Behind a norm a block adds what its weights keep of a unit vector: a narrow one of 0.02 next to nothing.
         """
         std = 0.02 * math.sqrt(768 / self.config.stack.width)
         generator = torch.Generator().manual_seed(seed)

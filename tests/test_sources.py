@@ -1,4 +1,6 @@
+import io
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def fake_index(tmp_path, monkeypatch):
             archive.writestr("thing/data/rows.csv", "a,b\n1,2\n")
         return wheel
 
-    monkeypatch.setattr(sources, "download_wheel", download)
+    monkeypatch.setitem(sources.DOWNLOADS, "pypi", download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return downloads
 
@@ -78,3 +80,57 @@ def test_a_missing_member_names_the_nearest_and_paths_stay_inside(fake_index):
         resolve("pypi:thing==1.0/thing/data/row.csv")
     with pytest.raises(DataError, match="not a path inside a wheel"):
         resolve("pypi:thing==1.0/../../etc/passwd")
+
+
+def make_tar(path, member, text):
+    data = text.encode()
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo(member)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_file_of_an_npm_package_is_fetched_once_whoever_owns_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = []
+
+    def download(name, version, folder):
+        asked.append((name, version))
+        return make_tar(folder / "thing.tgz", "package/dict/words.txt", "a\nb\n")
+
+    monkeypatch.setitem(sources.DOWNLOADS, "npm", download)
+    for source in ("npm:@someone/thing@1.2.3/dict/words.txt", "npm:thing@1.2.3/dict/words.txt"):
+        assert resolve(source).read_text() == "a\nb\n" == resolve(source).read_text()
+    assert asked == [("@someone/thing", "1.2.3"), ("thing", "1.2.3")]
+    with pytest.raises(DataError, match=r"has no package/dict/word\.txt; did you mean package/dict/words\.txt"):
+        resolve("npm:thing@1.2.3/dict/word.txt")
+    with pytest.raises(DataError, match=r"is not npm:NAME@VERSION/path; name the version"):
+        resolve("npm:thing/dict/words.txt")
+
+
+def test_a_file_of_a_debian_package_comes_out_of_its_tar_stream(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sources.DOWNLOADS, "deb", lambda name, version, folder: folder / "thing.deb")
+    monkeypatch.setattr(sources.shutil, "which", lambda program: program)
+
+    def run(command, stdout, check):
+        make_tar(tmp_path / "stream.tgz", "./usr/share/thing", "rows")
+        with tarfile.open(tmp_path / "stream.tgz") as archive, tarfile.open(fileobj=stdout, mode="w") as plain:
+            for member in archive:
+                plain.addfile(member, archive.extractfile(member))
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    assert resolve("deb:thing/usr/share/thing").read_text() == "rows"
+
+
+@pytest.mark.parametrize(("kind", "program"), [("npm", "npm"), ("deb", "apt-get")])
+def test_a_client_that_is_not_here_is_named(kind, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.shutil, "which", lambda name: None)
+    with pytest.raises(DataError, match=f"this source needs {program}, which is not here; install {program}"):
+        sources.DOWNLOADS[kind]("thing", "1.0", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["corpus:words", "reasoning-gym:sums?size=3"])
+def test_rows_that_are_made_are_no_files(source):
+    assert resolve(source) == source

@@ -23,7 +23,8 @@ from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.axes import axis_of
-from upslope.training.pipeline import Given, run_pipeline
+from upslope.training.parts import Given
+from upslope.training.pipeline import run_pipeline
 from upslope.training.run import fast_dtype
 from upslope.training.sweep import run_sweep
 

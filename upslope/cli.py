@@ -57,6 +57,22 @@ def train(
 
 
 @app.command()
+def data(
+    recipe: Annotated[str, typer.Argument(help="A .toml file or the name of a shipped recipe.")],
+    override: Overrides = None,
+    examples: Annotated[int, typer.Option(min=0, help="Examples of each stage.")] = 2,
+    plain: Annotated[bool, typer.Option("--plain", help="Marks instead of colours.")] = False,
+) -> None:
+    """Show what becomes of a recipe's rows: kept, dropped and why, the split, examples token by token."""
+    from upslope.config import load_recipe
+
+    resolved = load_recipe(recipe, override or [])
+    from upslope.training.preview import preview
+
+    preview(resolved, examples=examples, plain=True if plain else None)
+
+
+@app.command()
 def sweep(
     recipe: Annotated[str, typer.Argument(help="A .toml file or the name of a shipped recipe.")],
     values: Annotated[list[str], typer.Argument(metavar="KEY=V1,V2...", help="rl.lam=0.9,0.95  or, to search, ranges")],

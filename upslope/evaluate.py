@@ -1,4 +1,4 @@
-"""A model on held-out prompts: metrics with 95 % bootstrap intervals, one model or two side by side.
+"""Models on held-out prompts: metrics with 95 % bootstrap intervals, side by side.
 
 Every interval is a percentile bootstrap over prompts; a change is a paired one, over the same prompts.
 """
@@ -6,7 +6,7 @@ Every interval is a percentile bootstrap over prompts; a change is a paired one,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,12 +26,18 @@ class Estimate:
     high: float
 
     def text(self, digits: int) -> str:
+        if np.isnan(self.value):
+            return "-"
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model on P prompts. scores: name -> one value a prompt; nll and tokens: of each completion."""
+    """What one model, or a baseline, makes of P prompts.
+
+    scores: name -> one value a prompt; sets: name -> a statistic of a whole set; nll, tokens and KL (nan where there is
+    none) of each completion.
+    """
 
     completions: list[str]
     scores: dict[str, np.ndarray]
@@ -39,12 +45,14 @@ class Outcome:
     tokens_P: np.ndarray
     kl_P: np.ndarray
     ended_P: np.ndarray
+    sets: dict[str, Statistic] = field(default_factory=dict)
 
     def statistics(self) -> dict[str, tuple[Statistic, int]]:
         """Name -> (statistic over drawn prompts, digits shown). A failed reward (nan) is left out of its mean."""
         table: dict[str, tuple[Statistic, int]] = {}
         for name, values in self.scores.items():
-            table[name] = (lambda i, v=values: _mean(v[i]), 2)  # type: ignore[misc]
+            table[name] = (lambda i, v=values: _mean(v[i]), _digits(name))  # type: ignore[misc]
+        table |= {name: (statistic, _digits(name)) for name, statistic in self.sets.items()}
         table["KL to the start, nats"] = (lambda i: float(self.kl_P[i].mean()), 2)
         nll, tokens = self.base_nll_P, self.tokens_P
         table["perplexity, original model"] = (lambda i: float(np.exp(nll[i].sum() / tokens[i].sum())), 1)
@@ -62,9 +70,18 @@ def interval(values: np.ndarray, *, seed: int, draws: int = DRAWS) -> tuple[floa
     return float(values.mean()), float(low), float(high)
 
 
-def estimates(outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS) -> dict[str, list[Estimate]]:
+def estimate(statistic: Statistic, size: int, *, seed: int, draws: int = DRAWS) -> Estimate:
+    """A statistic of a set of `size` prompts with its 95 % percentile-bootstrap interval."""
+    drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
+    return _estimate(statistic(np.arange(size)), np.array([statistic(i) for i in drawn]), centred=False)
+
+
+def estimates(
+    outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS, change: tuple[int, int] | None = None
+) -> dict[str, list[Estimate]]:
     """Name -> an estimate for each outcome and, for two, a last one of the change, paired over the prompts.
 
+    change: the two outcomes that it is between, the first subtracted from the second; where there are two, these.
     distinct-n falls as texts are added and repeated, so that its resampled values lie below the full one: its
     interval is moved to stand around the value of the whole set.
     """
@@ -72,6 +89,7 @@ def estimates(outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS) -> 
     drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
     everything = np.arange(size)
     tables = [outcome.statistics() for outcome in comparable(outcomes)]
+    change = change or ((0, 1) if len(outcomes) == 2 else None)
     result: dict[str, list[Estimate]] = {}
     for name in tables[0]:
         values, samples = [], []
@@ -79,11 +97,13 @@ def estimates(outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS) -> 
             statistic = table[name][0]
             values.append(statistic(everything))
             samples.append(np.array([statistic(i) for i in drawn]))
-        if len(outcomes) == 2:
-            values.append(values[1] - values[0])
-            samples.append(samples[1] - samples[0])
+        if change:
+            first, second = change
+            values.append(values[second] - values[first])
+            samples.append(samples[second] - samples[first])
         result[name] = [
-            _estimate(v, s, centred=name.startswith("distinct")) for v, s in zip(values, samples, strict=True)
+            _estimate(v, s, centred=name.removeprefix("task: ").startswith("distinct"))
+            for v, s in zip(values, samples, strict=True)
         ]
     return result
 
@@ -91,7 +111,16 @@ def estimates(outcomes: Sequence[Outcome], *, seed: int, draws: int = DRAWS) -> 
 def table_rows(outcomes: Sequence[Outcome], found: dict[str, list[Estimate]]) -> list[list[str]]:
     """Rows for people: the name, then value [low, high] of each estimate."""
     digits = {name: shown for name, (_, shown) in outcomes[0].statistics().items()}
-    return [[name, *(e.text(digits[name]) for e in row)] for name, row in found.items()]
+    return [
+        [name, *(e.text(digits[name]) for e in row)]
+        for name, row in found.items()
+        if ":" in name or not all(np.isnan(e.value) for e in row)
+    ]
+
+
+def _digits(name: str) -> int:
+    """Decimals shown: three of a task's metric, of 0 to 1 most of them."""
+    return 3 if name.startswith("task: ") else 2
 
 
 def comparable(outcomes: Sequence[Outcome]) -> list[Outcome]:

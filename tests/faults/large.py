@@ -18,7 +18,7 @@ from tests.faults.machine import replace_section, where_and_when
 READ = """
 import json, resource, sys, threading, time
 from pathlib import Path
-from upslope.text import prepare
+from upslope.text import cleaning, prepare
 from upslope.text.rows import load_rows
 from upslope.text.tokenizer import train_tokenizer
 
@@ -37,8 +37,8 @@ threading.Thread(target=watch).start()
 start = time.monotonic()
 rows = load_rows(Path(sys.argv[1]))
 read = time.monotonic() - start
-rows, account = prepare.clean(rows, text="text")
-sides, _ = prepare.split(rows, group=None, same="text", fractions={"train": 0.9, "test": 0.1}, seed=0)
+rows, account = cleaning.clean(rows, text="text")
+sides, _ = cleaning.split(rows, group=None, same="text", fractions={"train": 0.9, "test": 0.1}, seed=0)
 told = {"rows": account.kept, "read_s": read, "split_s": time.monotonic() - start, "rows_mb": most[0] - before}
 if sys.argv[2] == "tokens":
     tokenizer = train_tokenizer(sides["test"].select(range(100))["text"], 400)

@@ -10,7 +10,8 @@ from tests.faults.variants import VARIANTS
 from upslope.observe.events import read_events
 
 PAGES = {"en": ROOT / "docs" / "metrics.md", "zh": ROOT / "docs" / "metrics.zh.md"}
-WRITTEN_BY_OTHERS = {"judge: NAME"}  # the struck runs have no judges
+# the struck runs have no judges and no task
+WRITTEN_BY_OTHERS = {"judge: NAME", "task: NAME", "task/NAME", "task/NAME_low", "task/NAME_high"}
 FREE = {"NAME": "(learned|score|rare)", "STAGE": "(reward|preference)", "_N": r"_\d+"}
 
 

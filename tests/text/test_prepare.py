@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upslope.errors import DataError
-from upslope.text import prepare
+from upslope.text import cleaning, prepare
 from upslope.text.tokenizer import Tokenizer
 
 FRACTIONS = {"train": 0.6, "valid": 0.2, "test": 0.2}
@@ -18,7 +18,7 @@ def table(**columns):
 
 def test_cleaning_says_what_was_dropped_and_why():
     rows = table(text=["fine", " FINE ", "", None, "x" * 50, "ok", "no"], kind=["a"] * 6 + ["b"])
-    kept, account = prepare.clean(rows, text="text", min_chars=2, max_chars=40, keep={"kind": ["a"]})
+    kept, account = cleaning.clean(rows, text="text", min_chars=2, max_chars=40, keep={"kind": ["a"]})
     assert kept["text"][:] == ["fine", "ok"]
     assert account.dropped == {"repeated": 1, "without text": 2, "outside 2 to 40 characters": 1, "of another kind": 1}
     assert account.kept + sum(account.dropped.values()) == account.read
@@ -27,7 +27,7 @@ def test_cleaning_says_what_was_dropped_and_why():
 
 def test_all_filtered_names_the_chief_reason():
     with pytest.raises(DataError, match=r"no rows left of 2: of another kind \(2 of 2\)"):
-        prepare.clean(table(text=["a", "b"], kind=["x", "x"]), text="text", keep={"kind": ["y"]})
+        cleaning.clean(table(text=["a", "b"], kind=["x", "x"]), text="text", keep={"kind": ["y"]})
 
 
 @given(st.lists(st.integers(0, 40), min_size=60, max_size=120), st.integers(0, 5))
@@ -35,7 +35,7 @@ def test_all_filtered_names_the_chief_reason():
 def test_no_group_stands_on_two_sides_and_no_row_is_lost(groups, seed):
     rows = table(g=[f"g{n}" for n in groups], i=list(range(len(groups))))
     try:
-        sides, _ = prepare.split(rows, group="g", fractions=FRACTIONS, seed=seed)
+        sides, _ = cleaning.split(rows, group="g", fractions=FRACTIONS, seed=seed)
     except DataError as error:
         assert "side of the split is empty" in str(error)
         return
@@ -46,9 +46,9 @@ def test_no_group_stands_on_two_sides_and_no_row_is_lost(groups, seed):
 
 def test_more_rows_never_move_a_group_and_the_seed_does():
     many = [f"g{n}" for n in range(200)]
-    few, _ = prepare.split(table(g=many[:100]), group="g", fractions=FRACTIONS, seed=1)
-    more, _ = prepare.split(table(g=many), group="g", fractions=FRACTIONS, seed=1)
-    other, _ = prepare.split(table(g=many), group="g", fractions=FRACTIONS, seed=2)
+    few, _ = cleaning.split(table(g=many[:100]), group="g", fractions=FRACTIONS, seed=1)
+    more, _ = cleaning.split(table(g=many), group="g", fractions=FRACTIONS, seed=1)
+    other, _ = cleaning.split(table(g=many), group="g", fractions=FRACTIONS, seed=2)
     assert all(set(few[side]["g"]) <= set(more[side]["g"]) for side in FRACTIONS)
     assert set(more["test"]["g"]) != set(other["test"]["g"])
     assert abs(len(more["train"]) - 120) < 25
@@ -56,14 +56,14 @@ def test_more_rows_never_move_a_group_and_the_seed_does():
 
 def test_without_groups_equal_rows_stay_together():
     rows = table(text=[f"t{n % 50}" for n in range(100)])
-    sides, _ = prepare.split(rows, group=None, fractions=FRACTIONS, seed=0)
+    sides, _ = cleaning.split(rows, group=None, fractions=FRACTIONS, seed=0)
     texts = [set(side["text"]) for side in sides.values()]
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
 
 
 def test_without_groups_equal_prompts_stay_together_whatever_else_a_row_holds():
     rows = table(id=list(range(200)), prompt=[f"p{n % 20}" for n in range(200)])
-    sides, _ = prepare.split(rows, group=None, same="prompt", fractions={"train": 0.5, "test": 0.5}, seed=0)
+    sides, _ = cleaning.split(rows, group=None, same="prompt", fractions={"train": 0.5, "test": 0.5}, seed=0)
     assert not set(sides["train"]["prompt"]) & set(sides["test"]["prompt"])
     assert len(sides["train"]) + len(sides["test"]) == 200
 
@@ -73,7 +73,7 @@ def test_without_groups_equal_prompts_stay_together_whatever_else_a_row_holds():
 def test_cleaning_keeps_one_of_each_text_in_order_and_counts_the_rest(texts, low):
     rows = Dataset.from_dict({"i": list(range(len(texts))), "text": [None if t is None else f"x{t}" for t in texts]})
     try:
-        kept, account = prepare.clean(rows, text="text", min_chars=low, max_chars=5)
+        kept, account = cleaning.clean(rows, text="text", min_chars=low, max_chars=5)
     except DataError as error:
         assert f"no rows left of {len(texts)}" in str(error)
         return

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from upslope.errors import DataError
-from upslope.text import prepare
+from upslope.text import cleaning
 from upslope.text.rows import load_rows, require_columns
 
 ROWS = [{"text": 'naïve, "quoted"', "n": 1}, {"text": "zwei\nlines", "n": 2}]
@@ -109,6 +109,6 @@ def test_local_files_leave_nothing_behind(tmp_path, monkeypatch, capfd):
 def test_a_hundred_thousand_lines_are_read_cleaned_and_split(tmp_path):
     lines = "".join(f'{{"text": "row {n}", "g": {n % 997}}}\n' for n in range(100_000))
     rows = load_rows(write(tmp_path / "a.jsonl", lines.encode()))
-    kept, account = prepare.clean(rows, text="text")
-    sides, _ = prepare.split(kept, group="g", fractions={"train": 0.9, "test": 0.1}, seed=0)
+    kept, account = cleaning.clean(rows, text="text")
+    sides, _ = cleaning.split(kept, group="g", fractions={"train": 0.9, "test": 0.1}, seed=0)
     assert account.kept == 100_000 and sum(len(side) for side in sides.values()) == 100_000

@@ -10,7 +10,18 @@ from upslope.config.load import describe, find_recipe, load_recipe, read_recipe,
 from upslope.config.presets import PRESETS
 from upslope.config.recipe import POLICY_STAGES, STAGES, Recipe, source_name
 from upslope.config.rl import RL, Trust
-from upslope.config.tables import Data, Evaluation, Expert, Limits, Optim, Preference, RewardModel, Scratch, Supervised
+from upslope.config.tables import (
+    Data,
+    Evaluation,
+    Expert,
+    Limits,
+    Optim,
+    Preference,
+    RewardModel,
+    Scratch,
+    Supervised,
+    Task,
+)
 
 __all__ = [
     "POLICY_STAGES",
@@ -27,6 +38,7 @@ __all__ = [
     "RewardModel",
     "Scratch",
     "Supervised",
+    "Task",
     "Trust",
     "describe",
     "find_recipe",

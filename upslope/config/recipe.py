@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, model_validator
 
+from upslope.config.metrics import WORDS, check_source
 from upslope.config.rl import RL
 from upslope.config.tables import (
     Count,
@@ -21,10 +22,12 @@ from upslope.config.tables import (
     Scratch,
     Supervised,
     Table,
+    Task,
 )
 
 STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the order they run
 POLICY_STAGES = ("pretrain", "sft", "preference", "rl", "expert")
+PROMPT = "task_prompt"  # the column that a template of [task] makes
 
 Source = Annotated[
     Annotated[str, Tag("str")] | Annotated[Scratch, Tag("table")],
@@ -35,8 +38,11 @@ TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/
 
 
 def source_name(source: str) -> str:
-    """The short name of a reward or judge: `learned` for a stage's model, else the function's own name."""
-    return "learned" if source.startswith("stage:") else source.rpartition(":")[2].rpartition(".")[2]
+    """The short name of a score: a metric's, `learned` for a stage's model, else the function's own name."""
+    word, colon, argument = source.partition(":")
+    if word in WORDS and colon:
+        return {"stage": "learned", "likelihood": "likelihood"}.get(word, f"{word}_{argument}")
+    return source.rpartition(":")[2].rpartition(".")[2]
 
 
 class Recipe(Table):
@@ -48,6 +54,7 @@ class Recipe(Table):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
     checkpoint_minutes: Rate = 3.0
     data: Data
+    task: Task = Task()
     optim: Optim = Optim()
     pretrain: Supervised | None = None
     sft: Supervised | None = None
@@ -71,6 +78,56 @@ class Recipe(Table):
         if own is None:
             return self.rl.rewards if self.rl else {}
         return {own: 1.0} if isinstance(own, str) else dict(own)
+
+    @property
+    def policy_stages(self) -> list[str]:
+        return [name for name in self.stages if name in POLICY_STAGES]
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the run ends with held-out prompts: where there is rl, or a task for its policy."""
+        return self.rl is not None or bool(self.task.metrics and self.policy_stages)
+
+    @property
+    def steps(self) -> list[str]:
+        """The stages, and the closing evaluation where there is one."""
+        return [*self.stages, "eval"] if self.evaluated else self.stages
+
+    @property
+    def max_completion(self) -> int:
+        """The most tokens of a completion that is measured."""
+        stage = self.rl or self.expert
+        return self.eval.max_tokens or (stage.max_tokens if stage else min(64, max(1, self.data.max_tokens // 2)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_names_columns(cls, raw: Any) -> Any:
+        """[task] with a template says what the prompts and completions of [data] are."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("task"), Mapping):
+            return raw
+        data, task = raw.get("data"), raw["task"]
+        if not isinstance(data, Mapping) or not task.get("prompt"):
+            return raw
+        if data.get("prompt") not in (None, PROMPT):
+            raise ValueError(
+                f"data.prompt = {data['prompt']!r} and a template in task.prompt both say what a prompt is: remove one"
+            )
+        added = {"prompt": PROMPT} | ({"completion": task["reference"]} if task.get("reference") else {})
+        return {**raw, "data": {**data, **{k: v for k, v in added.items() if not data.get(k)}}}
+
+    @model_validator(mode="after")
+    def _scores_fit(self) -> Recipe:
+        asked = [("rl.reward", source, True) for source in (self.rl.rewards if self.rl else {})]
+        asked += [("expert.reward", source, True) for source in self.expert_rewards]
+        asked += [("task.metrics", source, False) for source in self.task.metrics]
+        for where, source, reward in asked:
+            check_source(source, where, reward=reward, reference=self.task.reference is not None)
+        for judge in self.eval.judges:
+            check_source(judge, "eval.judges", reward=True, reference=self.task.reference is not None)
+        prompts = self.data.prompt or self.data.prompt_words or self.data.messages
+        if (self.task.metrics or self.task.baseline) and self.policy_stages and not prompts:
+            raise ValueError("[task] has no prompts to measure on: set task.prompt or data.prompt")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from string import Formatter
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -85,6 +86,7 @@ class Data(Table):
     keep: dict[str, list[str]] = {}  # column -> values to keep
     min_chars: Count = 1
     max_chars: Positive = 100_000
+    near: Annotated[float, Field(gt=0, lt=1)] | None = None  # texts that agree so far are repeats (text/near.py)
     max_tokens: Positive = 1024  # an example longer than this is dropped and counted
     valid: Share = 0.1
     test: Share = 0.1
@@ -93,7 +95,7 @@ class Data(Table):
     @model_validator(mode="after")
     def _columns_fit(self) -> Data:
         if not any((self.text, self.prompt, self.messages, self.chosen)):
-            raise ValueError("names no column: set text, prompt, messages, or chosen and rejected")
+            raise ValueError("names no column: set text, prompt, messages, chosen and rejected, or task.prompt")
         if bool(self.chosen) != bool(self.rejected):
             raise ValueError("chosen and rejected go together: set both columns")
         if self.margin and not self.chosen:
@@ -103,6 +105,46 @@ class Data(Table):
         if self.valid + self.test >= 1:
             raise ValueError(f"valid + test = {self.valid + self.test:g} leaves nothing to train on: lower one")
         return self
+
+
+class Task(Table):
+    """What a completion is for: how a row becomes a prompt, what it is compared with, and by what it is measured.
+
+    Metrics are measured on held-out prompts, apart from the reward: during rl, after a supervised stage, at the end.
+    """
+
+    prompt: str | None = None  # template over columns, "Translate: {de}\n"; data.prompt is then this
+    reference: str | None = None  # column of what is right; data.completion is then this
+    source: str | None = None  # column that a row is about, copied by the baselines; default: the template's only one
+    metrics: tuple[str, ...] = ()  # names of config/metrics.py, or module:function
+    baseline: Literal["majority", "lead", "copy"] | None = None  # a column of the closing table, without a model
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Task:
+        if self.prompt is not None and not self.columns:
+            raise ValueError("prompt names no column: write one in braces, as in {text}")
+        if self.source is None and self.baseline in ("copy", "lead") and len(self.columns) != 1:
+            raise ValueError(f"baseline = {self.baseline} needs to know what it takes: set source to a column")
+        if self.reference is None and self.baseline in ("majority", "lead"):
+            raise ValueError(f"baseline = {self.baseline} is learned from references: set reference to their column")
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the template names, in order."""
+        try:
+            fields = [name for _, name, _, _ in Formatter().parse(self.prompt or "") if name is not None]
+        except ValueError as error:
+            raise ValueError(f"prompt is no template, {error}: double a brace that is meant") from None
+        strange = [name for name in fields if not name or any(c in name for c in ".[]")]
+        if strange:
+            raise ValueError(f"prompt has a field {{{strange[0]}}}: write a column's name")
+        return list(dict.fromkeys(fields))
+
+    @property
+    def source_column(self) -> str | None:
+        """The column that a row is about."""
+        return self.source or (self.columns[0] if len(self.columns) == 1 else None)
 
 
 class Optim(Table):
@@ -208,9 +250,13 @@ class Limits(Table):
 
 
 class Evaluation(Table):
-    """The table at the end: held-out prompts, before and after rl."""
+    """Held-out prompts: the table at the end (the test side), and what [task] measures on the way (the valid side)."""
 
     prompts: Positive = 128
-    judges: tuple[str, ...] = ("upslope.rewards.metrics:vader",)  # functions that the policy never trained on
+    judges: tuple[str, ...] = ("vader",)  # metrics or functions that the policy never trained on
     show: Count = 8  # prompts printed with both continuations
-    samples_every: Count = 5  # rl steps between samples in the report
+    samples_every: Positive = 5  # rl steps between samples in the report
+    every: Count = 10  # rl steps between measurements of [task]; 0: only at the end
+    watched: Positive = 64  # prompts of each of them
+    max_tokens: Positive | None = None  # of a completion that is measured; default: rl's, expert's, or 64
+    temperature: Rate | None = None  # of its sampling, 0 takes the most probable token; default: rl's, else 1

@@ -25,6 +25,7 @@ from rich.text import Text
 from upslope.errors import RunError
 from upslope.observe.picture import Figures, Line, draw
 from upslope.observe.runs import (
+    KINDS,
     Estimate,
     RunFacts,
     differing,
@@ -295,7 +296,7 @@ def _notes(
 
 
 def _place(name: str) -> tuple[int, int]:
-    kinds = ("objective: ", "reward: ", "judge: ")
+    kinds = ("objective: ", *KINDS)
     kind = next((n for n, start in enumerate(kinds) if name.startswith(start)), len(kinds))
     return kind, list(TITLES).index(name) if name in TITLES else -1
 

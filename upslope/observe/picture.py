@@ -22,10 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from upslope.observe.runs import KINDS
+
 COLUMNS = 3
 CELL = (4.4, 3.3)  # inches
 PANELS = (
-    *("objective: ", "reward: ", "judge: ", "advantage std", "λ-return bias", "λ-return rmse"),
+    *("objective: ", *KINDS, "advantage std", "λ-return bias", "λ-return rmse"),
     *("KL per completion", "s per rollout"),
 )
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -277,7 +279,7 @@ def _bars(axes: Axes, figures: Figures, measure: str, looks: Sequence[Look]) -> 
 
 
 def _title(measure: str) -> str:
-    return f"held-out {measure}" if measure.startswith(("reward: ", "judge: ")) else measure
+    return f"held-out {measure}" if measure.startswith(KINDS) else measure
 
 
 def _shade(place: int, count: int) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from upslope.config import PRESETS, RL, STAGES
+from upslope.config import POLICY_STAGES, PRESETS, RL, STAGES
 from upslope.errors import RunError
 from upslope.observe.events import read_events
 from upslope.observe.report import collect
@@ -31,6 +31,7 @@ Z_975 = 1.959964
 NEVER_COLUMNS = ("name", "seed", "checkpoint_minutes")  # what makes no difference, and what intervals are taken over
 ALL_ROLLOUTS = ("advantage/std", "advantage/bias", "advantage/rmse")
 LAST_QUARTER = ("reward/mean", "kl/reference_per_completion", "critic/explained_variance")
+KINDS = ("task: ", "reward: ", "judge: ")  # rows of the closing table that a comparison shows
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def read_run(folder: Path, *, sweep: Path | None = None, failure: str | None = N
 
 
 def steps_of(recipe: Mapping[str, Any]) -> list[str]:
-    """The stages of a run in order, as its recipe.json has them, and the closing evaluation where there is rl."""
+    """The stages of a run in order, as its recipe.json has them, and the closing evaluation where there is one."""
     stages = [stage for stage in STAGES if recipe.get(stage)]
-    return [*stages, "eval"] if "rl" in stages else stages
+    measured = bool((recipe.get("task") or {}).get("metrics")) and any(stage in POLICY_STAGES for stage in stages)
+    return [*stages, "eval"] if "rl" in stages or measured else stages
 
 
 def find_runs(folder: Path) -> list[RunFacts]:
@@ -108,7 +110,7 @@ def find_runs(folder: Path) -> list[RunFacts]:
 def measures(run: RunFacts) -> dict[str, float]:
     """Name -> number, in the order of the table; what the run has not measured is left out."""
     found: dict[str, float] = {}
-    for kind in ("reward: ", "judge: "):
+    for kind in KINDS:
         for name, row in run.final.items():
             after = row["after"]
             if name.startswith(kind) and after is not None and math.isfinite(after):

@@ -77,6 +77,7 @@ class Terminal:
         kind = event["kind"]
         if kind in ("step", "eval"):
             found = [f"{SHOWN[n]} {v:.3g}" for n, v in event["metrics"].items() if n in SHOWN and v is not None]
+            found += [f"{n} {v:.3g}" for n, v in event["metrics"].items() if _is_task(n) and v is not None]
             self.metrics = "  ".join(found)
             if kind == "eval":
                 self.note(f"{event.get('stage', '')}: {self.metrics}")
@@ -136,6 +137,11 @@ class Terminal:
         return Group(line, bar, Text(self.metrics, style="cyan"))
 
 
+def _is_task(name: str) -> bool:
+    """Whether a metric is one of [task], not a bound of its interval."""
+    return name.startswith("task/") and not name.endswith(("_low", "_high"))
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
@@ -149,7 +155,7 @@ def duration(seconds: float) -> str:
 def _table(event: dict[str, Any]) -> Table:
     table = Table(title=event["title"], title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
     for number, name in enumerate(event["columns"]):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # never cut a number
     for row in event["rows"]:
         table.add_row(*(Text(str(cell).replace(" [", "\n[")) for cell in row))  # the interval below its value
     return table

@@ -8,8 +8,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from upslope.errors import DataError
+from upslope.text.cleaning import Account
 from upslope.text.examples import Example, Examples
-from upslope.text.prepare import Account
 from upslope.text.tokenizer import Tokenizer
 
 

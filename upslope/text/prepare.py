@@ -1,13 +1,12 @@
-"""From rows to what a stage trains on, with an account of everything that was dropped.
+"""From clean rows to what a stage trains on, with an account of everything that was dropped.
 
 Every function returns (what was made, Account) and raises DataError, naming the chief reason, when nothing is left.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,41 +14,10 @@ from datasets import Dataset
 
 from upslope.algo.random import stream
 from upslope.errors import DataError
+from upslope.text.cleaning import Account, row_numbers
 from upslope.text.examples import Example, Examples, Pair, Pairs, Tokens
 from upslope.text.openings import Words, opened, word_count
 from upslope.text.tokenizer import Tokenizer
-
-
-@dataclass
-class Account:
-    """How many were read and kept, and for each reason how many were dropped, with the first one's row number."""
-
-    read: int
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, int] = field(default_factory=dict)
-    unit: str = "rows"
-    extra: str = ""
-
-    def drop(self, reason: str, row: int) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.first.setdefault(reason, row)
-
-    def close(self, kept: int) -> Account:
-        """Set what was kept. Raises DataError when it is nothing."""
-        self.kept = kept
-        if not kept:
-            reason = max(self.dropped, key=lambda r: self.dropped[r]) if self.dropped else "there were none"
-            count = f" ({self.dropped[reason]} of {self.read})" if self.dropped else ""
-            raise DataError(
-                f"no {self.unit} left of {self.read}: {reason}{count}", "loosen that limit in [data], or add rows"
-            )
-        return self
-
-    def __str__(self) -> str:
-        parts = [f"{count} {reason} (first: row {self.first[reason]})" for reason, count in self.dropped.items()]
-        tail = f"; dropped: {', '.join(parts)}" if parts else "; nothing dropped"
-        return f"{self.kept} {self.unit} of {self.read}{tail}{self.extra}"
 
 
 @dataclass(frozen=True)
@@ -62,77 +30,6 @@ class Prompt:
     number: int = field(default=0, compare=False)
 
 
-def clean(
-    rows: Dataset,
-    *,
-    text: str | None,
-    min_chars: int = 1,
-    max_chars: int = 100_000,
-    keep: Mapping[str, Sequence[str]] | None = None,
-    dedupe: bool = True,
-) -> tuple[Dataset, Account]:
-    """Keep the rows whose columns have the wanted values and whose text is there, fits, and is no repeat.
-
-    Texts that differ only in white space or case are repeats; the first stays.
-    """
-    account = Account(len(rows))
-    chosen, seen = [], set()
-    wanted = {column: ({str(v) for v in values}, rows[column]) for column, values in (keep or {}).items()}
-    texts = rows[text] if text else [None] * len(rows)
-    for i, value in enumerate(texts):
-        if any(str(column[i]) not in values for values, column in wanted.values()):
-            account.drop("of another kind", i)
-        elif text and not (isinstance(value, str) and value.strip()):
-            account.drop("without text", i)
-        elif text and not min_chars <= len(value) <= max_chars:
-            account.drop(f"outside {min_chars} to {max_chars} characters", i)
-        elif text and dedupe and (key := _digest(_folded(value))) in seen:
-            account.drop("repeated", i)
-        else:
-            if text and dedupe:
-                seen.add(key)
-            chosen.append(i)
-    account.close(len(chosen))
-    return rows.select(chosen), account
-
-
-def split(
-    rows: Dataset, *, group: str | None, fractions: Mapping[str, float], seed: int, same: str | None = None
-) -> tuple[dict[str, Dataset], Account]:
-    """Split rows by group, so that no group is on two sides; without groups, so that no row's equal is.
-
-    Without groups, `same` names the column (a text, a prompt) whose equals stay together whatever else a row holds.
-    Where a group goes depends on (seed, group) alone: more rows never move it. Raises DataError for an empty side.
-    """
-    sides: dict[str, list[int]] = {name: [] for name in fractions}
-    groups: dict[str, set[bytes]] = {name: set() for name in fractions}
-    keys: Iterable[Any]
-    if group:
-        keys = rows[group]
-    elif same:
-        keys = (_folded(str(value)) for value in rows[same])
-    else:
-        keys = (_folded(str(sorted(row.items(), key=str))) for row in rows)
-    for i, key in enumerate(keys):
-        place, bound = _place(seed, str(key)), 0.0
-        side = next(reversed(list(fractions)))
-        for name, fraction in fractions.items():
-            bound += fraction
-            if place < bound:
-                side = name
-                break
-        sides[side].append(i)
-        groups[side].add(_digest(str(key)))
-    for name, fraction in fractions.items():
-        if fraction > 0 and not sides[name]:
-            raise DataError(
-                f"the {name} side of the split is empty: {sum(map(len, groups.values()))} groups in all", "add rows"
-            )
-    told = ", ".join(f"{n} {len(r)}" + (f" ({len(groups[n])} groups)" if group else "") for n, r in sides.items())
-    account = Account(len(rows), extra=f"; {told}").close(len(rows))
-    return {name: rows.select(indices) for name, indices in sides.items()}, account
-
-
 def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: int) -> tuple[Examples, Account]:
     """Whole texts, an EOS behind each; every token is learned. Raises DataError for a model that reads sources."""
     _refuse_sources(tokenizer, "whole texts", "set data.prompt and data.completion, or data.prompt_words")
@@ -143,8 +40,9 @@ def text_examples(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens:
 def completion_examples(
     rows: Dataset, tokenizer: Tokenizer, *, prompt: str, completion: str, max_tokens: int
 ) -> tuple[Examples, Account]:
-    """Prompt and completion; the completion and its EOS are learned."""
-    return _continued(rows, zip(rows[prompt], rows[completion], strict=True), tokenizer, max_tokens)
+    """Prompt and completion, of several the first; the completion and its EOS are learned."""
+    ends = (end[0] if isinstance(end, list) and end else end for end in rows[completion])
+    return _continued(rows, zip(rows[prompt], ends, strict=True), tokenizer, max_tokens)
 
 
 def opening_examples(
@@ -183,7 +81,7 @@ def pairs(
     Without groups all rows are one, and every row of the shorter side gets a pair. Rows without a label get none.
     """
     sides: dict[str, tuple[list[int], list[int]]] = {}
-    labels, groups = rows[label], rows[group] if group else [""] * len(rows)
+    labels, groups, numbers = rows[label], rows[group] if group else [""] * len(rows), row_numbers(rows)
     unlabelled = 0
     for i, (value, name) in enumerate(zip(labels, groups, strict=True)):
         if value is None or value == "":
@@ -195,7 +93,7 @@ def pairs(
     groups_used = 0
     for name, (better, others) in sides.items():
         if not better or not others:
-            account.drop(f"without both {prefer!r} and another label", (better or others)[0])
+            account.drop(f"without both {prefer!r} and another label", numbers[(better or others)[0]])
             continue
         groups_used += 1
         order = stream(seed, "pairs", name)
@@ -228,7 +126,8 @@ def pair_examples(
     made = Pairs()
     starts = rows[prompt] if prompt else [""] * len(rows)
     margins = rows[margin] if margin else [0.0] * len(rows)
-    for i, (start, better, other, by) in enumerate(zip(starts, rows[chosen], rows[rejected], margins, strict=True)):
+    columns = (row_numbers(rows), starts, rows[chosen], rows[rejected], margins)
+    for i, start, better, other, by in zip(*columns, strict=True):
         number = _number(by)
         if not all(isinstance(text, str) for text in (start or "", better, other)):
             account.drop("that are no text", i)
@@ -251,13 +150,13 @@ def label_pairs(
     """Pairs of whole texts from (better row, other row), an EOS behind each; dropped as by `pair_examples`."""
     _refuse_sources(tokenizer, "pairs of whole texts", "set data.chosen, data.rejected and data.prompt")
     account = Account(len(found), unit="pairs")
-    texts, tokens = rows[text], Tokens()
+    texts, tokens, numbers = rows[text], Tokens(), row_numbers(rows)
     place = {row: n for n, row in enumerate(sorted({r for pair in found for r in pair}))}
     for row in place:
         tokens.append([*tokenizer.encode(texts[row]), tokenizer.eos_id])
     made = Pairs()
     for better, other in found:
-        _add_pair(made, account, better, Pair(tokens[place[better]], tokens[place[other]]), max_tokens)
+        _add_pair(made, account, numbers[better], Pair(tokens[place[better]], tokens[place[other]]), max_tokens)
     return made, account.close(len(made))
 
 
@@ -278,7 +177,7 @@ def prompts(
     """
     account = Account(len(rows), unit="prompts")
     made = []
-    for i, row in enumerate(rows):
+    for i, row in zip(row_numbers(rows), rows, strict=True):
         if prompt and not isinstance(row[prompt] or "", str):
             account.drop("that are no text", i)
             continue
@@ -301,7 +200,7 @@ def prompts(
         if not ids:
             account.drop("with an empty source" if tokenizer.for_sources else "empty", i)
         elif len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", i, shown)
         else:
             made.append(Prompt(ids, shown, row, i))
     return made, account.close(len(made))
@@ -317,15 +216,15 @@ def _fitting(
 ) -> tuple[Examples, Account]:
     account = Account(len(rows), unit="examples")
     kept = Examples()
-    for i, (ids, learned) in enumerate(made):
+    for number, (ids, learned) in zip(row_numbers(rows), made, strict=True):
         if len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", number)
         elif not ids:
-            account.drop(empty, i)
+            account.drop(empty, number)
         elif len(ids) < 2 or not any(learned[1:]):
-            account.drop("with nothing to learn", i)
+            account.drop("with nothing to learn", number)
         else:
-            kept.append(Example(ids, learned, i))
+            kept.append(Example(ids, learned, number))
     return kept, account.close(len(kept))
 
 
@@ -356,18 +255,3 @@ def _is_chat(turns: Any) -> bool:
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
     )
-
-
-def _digest(text: str) -> bytes:
-    """What stands for a text in a set of many: 16 bytes, however long it is."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _place(seed: int, key: str) -> float:
-    """A number in [0, 1) from the seed and a key."""
-    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64

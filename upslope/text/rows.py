@@ -23,7 +23,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from upslope.errors import DataError
+from upslope.sources import MADE
 from upslope.text.arrow import GrowingTable
+from upslope.text.corpora import corpus
+from upslope.text.reasoning import puzzles
 
 BAD_LIMIT = 10_000  # bad lines that are counted
 BAD_NAMED = 5  # bad lines, after the first, whose numbers are told
@@ -52,6 +55,9 @@ def load_rows(source: Any, *, limit: int | None = None) -> Dataset:
         raise DataError(f"the rows have splits {list(source)}", "give one of them: upslope splits by itself")
     elif isinstance(source, Path) or (isinstance(source, str) and Path(source).exists()):
         return _from_file(Path(source), limit)
+    elif isinstance(source, str) and source.startswith(MADE):
+        word, _, name = source.partition(":")
+        table = Dataset.from_list(corpus(name) if word == "corpus" else puzzles(name))
     elif isinstance(source, str):
         table = _from_hub(source)
     else:

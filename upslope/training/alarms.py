@@ -3,14 +3,15 @@
 Each alarm is a pure function of a rollout's metrics, those of earlier rollouts and the [rl] table, and answers with a
 message or nothing. One that begins is recorded, shown in red and put into the report; while it lasts it is silent.
 Three things stop a run instead, for it can no longer be right: optimizer steps in a row that are not finite (below),
-weights that did not reach the engine (engine.py), and more failed rewards than limits.max_failures (scoring.py). The
-table at the end of a run has an alarm of its own (judged_worse).
+weights that did not reach the engine (engine.py), and more failed rewards than limits.max_failures (scoring.py).
+Held-out prompts have an alarm of their own (judged_worse), in the table at the end and where [task] measures on the
+way.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -133,18 +134,23 @@ def alarms(now: Metrics, before: Sequence[Metrics], rl: RL) -> dict[str, str]:
     return {name: message for name, message in found.items() if message}
 
 
-def judged_worse(found: Mapping[str, Sequence[Estimate]], weights: Mapping[str, float]) -> str | None:
-    """The closing table: a reward that is paid for rises while a judge, which is not, falls, both beyond chance.
+def judged_worse(
+    found: Mapping[str, Sequence[Estimate]], weights: Mapping[str, float], *, lower: Collection[str] = ()
+) -> str | None:
+    """Held-out prompts: a reward that is paid for rises while a judge or a metric of the task, which is not, falls.
 
-    found: the table's rows, the change last; weights: of its rewards and judges, 0 where nothing is paid for one.
+    Both beyond chance. found: rows of a table, the change last; weights: of its rewards, judges and metrics, 0 where
+    nothing is paid for one; lower: those of which less is better, which fall by rising.
     """
     change = {name: found[name][-1] for name in weights}
     risen = [name for name, weight in weights.items() if weight > 0 and change[name].low > 0]
-    fallen = [name for name, weight in weights.items() if weight == 0 and change[name].high < 0]
+    free = [name for name, weight in weights.items() if weight == 0]
+    fallen = [name for name in free if (change[name].low > 0 if name in lower else change[name].high < 0)]
     if not risen or not fallen:
         return None
     up, down = (", ".join(f"{name} {change[name].text(2)}" for name in names) for names in (risen, fallen))
-    return f"on held-out prompts {up} has risen while {down} has fallen: the reward may have been cheated"
+    worse = "become worse" if any(name in lower for name in fallen) else "fallen"
+    return f"on held-out prompts {up} has risen while {down} has {worse}: the reward may have been cheated"
 
 
 def watch(run: Run, rl: RL, state: RunState, metrics: Metrics) -> None:

@@ -13,7 +13,8 @@ import cloudpickle
 
 from upslope.config import load_recipe
 from upslope.errors import UpslopeError
-from upslope.training.pipeline import Given, run_pipeline
+from upslope.training.parts import Given
+from upslope.training.pipeline import run_pipeline
 from upslope.training.process import REASON_BYTES
 
 

@@ -5,59 +5,108 @@ Every function records its account (rows read, kept, dropped and why) in the run
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from datasets import Dataset
 
 from upslope.algo.random import permutation
-from upslope.config import Data
+from upslope.config import Data, Recipe, Task
+from upslope.config.recipe import PROMPT
 from upslope.errors import DataError
 from upslope.models.trunk import Trunk, tokens_seen
+from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
-from upslope.text import prepare
+from upslope.text import cleaning, prepare
 from upslope.text.examples import Examples, Pairs
 from upslope.text.labels import LabelTokenizer, class_examples
+from upslope.text.near import without_near
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.masked import masked_texts
-from upslope.training.run import Run
 
 Splits = dict[str, Dataset]
 
 
-def load_splits(run: Run, data: Data, seed: int, rows: Any = None) -> Splits:
+class Book(Protocol):
+    """Where accounts are written: a run, or the screen of `upslope data`."""
+
+    recipe: Recipe
+
+    def account(self, text: str, stage: str | None = None, examples: Sequence[str] = ()) -> None: ...
+
+
+def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     """Read, clean and split the rows: train, valid, test. `rows` (a dataset or list) stands in for data.rows."""
+    task = run.recipe.task
     source = rows if rows is not None else resolve(data.rows)
-    table = load_rows(source, limit=data.limit)
-    columns = [
-        data.text,
-        data.prompt,
-        data.completion,
-        data.messages,
-        data.chosen,
-        data.rejected,
-        data.label,
-        data.classes,
-    ]
-    wanted = [c for c in [*columns, data.margin, data.group, *data.keep] if c]
+    table = cleaning.numbered(load_rows(source, limit=data.limit))
+    made = PROMPT if data.prompt == PROMPT else None
+    columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
+    columns += [data.classes]
+    columns += [*task.columns, task.reference, task.source, data.margin, data.group, *data.keep]
     name = data.rows if rows is None else "the rows given"
-    require_columns(table, wanted, name)
-    table, account = prepare.clean(
-        table, text=data.text, min_chars=data.min_chars, max_chars=data.max_chars, keep=data.keep
+    require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
+    table = with_task(table, task, name)
+    required = [*task.columns, *([task.reference] if task.reference else [])]
+    about = task.columns or ([data.prompt] if data.prompt and task.reference else [])
+    table, account = cleaning.clean(
+        table,
+        text=data.text or (task.source_column if made else None),
+        min_chars=data.min_chars,
+        max_chars=data.max_chars,
+        keep=data.keep,
+        required=list(dict.fromkeys(required)),
+        equal=[*about, *required] if about and not data.text else (),
     )
-    run.account(f"rows: {account}")
+    run.account(f"rows: {account}", None, account.examples())
+    if data.near is not None:
+        table, account = without_near(table, compared_column(run.recipe), data.near)
+        run.account(f"near duplicates: {account}", None, account.examples())
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
-    splits, account = prepare.split(
+    splits, account = cleaning.split(
         table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt
     )
-    run.account(f"split: {account}")
+    run.account(f"split: {account}", None, account.examples())
     # in an order of their own, so that the first n of a side are a sample of all its groups
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
 
 
-def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
-    data = run.recipe.data
+def compared_column(recipe: Recipe) -> str:
+    """The column whose texts say whether two rows are alike: what a row is about, not the frame around it."""
+    data = recipe.data
+    column = data.text or recipe.task.source_column or data.prompt or data.messages or data.chosen
+    assert column is not None  # [data] names one
+    return column
+
+
+def with_task(table: Dataset, task: Task, name: str) -> Dataset:
+    """The rows with their prompts by the task's template and their references in columns of known names.
+
+    Raises DataError where the rows have a column of such a name already, which is another.
+    """
+    added: dict[str, list[Any]] = {}
+    if task.prompt:
+        parts = [table[column] for column in task.columns]
+        added[PROMPT] = [
+            task.prompt.format(**dict(zip(task.columns, row, strict=True))) for row in zip(*parts, strict=True)
+        ]
+    if task.reference and task.reference != REFERENCE:
+        added[REFERENCE] = [_as_text(value) for value in table[task.reference]]
+    for column, values in added.items():
+        if column in table.column_names:
+            raise DataError(f"{name} has a column {column!r}, which [task] makes", "rename it, or name it in [task]")
+        table = table.add_column(column, values)
+    return table
+
+
+def _as_text(value: Any) -> str | list[str]:
+    """A reference as a text, or as the list of the several that it is."""
+    return [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
+def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
+    data, reference = run.recipe.data, run.recipe.task.reference
     if isinstance(tokenizer, LabelTokenizer):
         made = class_examples(
             rows, tokenizer, text=str(data.prompt or data.text), classes=str(data.classes), max_tokens=data.max_tokens
@@ -71,30 +120,31 @@ def supervised_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenize
     elif data.messages:
         made = prepare.chat_examples(rows, tokenizer, messages=data.messages, max_tokens=data.max_tokens)
     elif data.prompt and data.completion:
+        completion = REFERENCE if data.completion == reference else data.completion
         made = prepare.completion_examples(
-            rows, tokenizer, prompt=data.prompt, completion=data.completion, max_tokens=data.max_tokens
+            rows, tokenizer, prompt=data.prompt, completion=completion, max_tokens=data.max_tokens
         )
     else:
         raise DataError(
             f"[{stage}] has nothing to learn from", "set data.text, data.messages, or prompt and completion"
         )
     examples, account = made
-    run.account(f"{side} examples: {account}", stage)
+    run.account(f"{side} examples: {account}", stage, account.examples())
     return examples
 
 
-def masked_examples(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
+def masked_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     """Texts whose tokens are masked anew at every step."""
     data = run.recipe.data
     text = data.text or data.prompt
     if not text:
         raise DataError(f"[{stage}] has nothing to mask", "set data.text")
     examples, account = masked_texts(rows, tokenizer, text=text, max_tokens=data.max_tokens)
-    run.account(f"{side} texts: {account}", stage)
+    run.account(f"{side} texts: {account}", stage, account.examples())
     return examples
 
 
-def preference_pairs(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int) -> Pairs:
+def preference_pairs(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str, per_group: int) -> Pairs:
     """Pairs for a stage: from chosen and rejected columns, or whole texts from the labels of one group's rows."""
     data = run.recipe.data
     if data.chosen and data.rejected:
@@ -107,7 +157,7 @@ def preference_pairs(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, 
             max_tokens=data.max_tokens,
             margin=data.margin,
         )
-        run.account(f"{side} pairs: {account}", stage)
+        run.account(f"{side} pairs: {account}", stage, account.examples())
         return pairs
     if not (data.text and data.label and data.prefer):
         raise DataError(f"[{stage}] needs texts to pair", "set data.text beside data.label and data.prefer")
@@ -115,10 +165,10 @@ def preference_pairs(run: Run, stage: str, rows: Dataset, tokenizer: Tokenizer, 
     found, account = prepare.pairs(
         rows, text=data.text, label=data.label, prefer=data.prefer, group=data.group, per_group=per_group, seed=seed
     )
-    run.account(f"{side} pairs: {account}", stage)
+    run.account(f"{side} pairs: {account}", stage, account.examples())
     pairs, account = prepare.label_pairs(found, rows, tokenizer, text=data.text, max_tokens=data.max_tokens)
     if account.dropped:
-        run.account(f"{side} pairs: {account}", stage)
+        run.account(f"{side} pairs: {account}", stage, account.examples())
     return pairs
 
 
@@ -134,10 +184,11 @@ def require_room(model: Trunk, side: str, parts: Iterable[tuple[int, int, int]])
             )
 
 
-def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:
-    """Prompts that leave room for the completions of a stage, rl or expert, within data.max_tokens."""
+def make_prompts(run: Book, rows: Dataset, tokenizer: Tokenizer, side: str, stage: str = "rl") -> list[prepare.Prompt]:
+    """Prompts that leave room for the completions of a stage within data.max_tokens: those that it samples, else those
+    that are measured."""
     data = run.recipe.data
-    room = data.max_tokens - getattr(run.recipe, stage).max_tokens
+    room = data.max_tokens - (getattr(getattr(run.recipe, stage), "max_tokens", None) or run.recipe.max_completion)
     prompts, account = prepare.prompts(
         rows,
         tokenizer,
@@ -147,5 +198,5 @@ def make_prompts(run: Run, rows: Dataset, tokenizer: Tokenizer, side: str, stage
         messages=data.messages if not data.prompt else None,
         max_tokens=room,
     )
-    run.account(f"{side} prompts: {account}", stage)
+    run.account(f"{side} prompts: {account}", stage, account.examples())
     return prompts

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,9 @@ from upslope.errors import DataError, Interrupted
 from upslope.evaluate import Estimate, interval
 from upslope.models.trunk import Trunk
 from upslope.observe.events import read_events
+from upslope.text.cleaning import Account
 from upslope.text.examples import Example
-from upslope.text.prepare import Account, Prompt
+from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.collect import generate
 from upslope.training.episode import Episode
@@ -116,6 +117,7 @@ def run_expert(
     tokenizer: Tokenizer,
     episodes: Sequence[Episode],
     prompts: int,
+    at_end: Callable[[int], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Fit a model to what is kept of the samples, the first `prompts` prompts' to learn from, the others' to watch.
 
@@ -128,7 +130,7 @@ def run_expert(
     if load_checkpoint(run.stage_folder(STAGE) / "checkpoints") is None:  # else the log has it already
         record_best_of(run, cfg, train)
     fit = Supervised(steps=cfg.steps, batch=cfg.batch, freeze_layers=cfg.freeze_layers, optim=cfg.optim)
-    return run_supervised(run, STAGE, fit, model, tokenizer, examples, watched)
+    return run_supervised(run, STAGE, fit, model, tokenizer, examples, watched, at_end)
 
 
 def examples_of(run: Run, cfg: Expert, episodes: Sequence[Episode], side: str) -> list[Example]:

@@ -1,78 +1,98 @@
-"""The table at the end of a run: held-out prompts before and after rl, and what both write."""
+"""The table at the end of a run: held-out prompts, what each model and the baseline make of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from upslope.algo import token_logprobs
-from upslope.engine import Engine
+from upslope.engine import Engine, Sampling
+from upslope.errors import DataError
 from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
-from upslope.models.open import make_runner
 from upslope.models.trunk import Trunk
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import judged_worse
 from upslope.training.batches import micro_batches
-from upslope.training.collect import generate, sampling_of
+from upslope.training.collect import generate
 from upslope.training.episode import Episode, action_starts, lay_out
+from upslope.training.heldout import TaskMetrics
 from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 
 EVAL_STEP = 2**31 - 1  # a rollout number of its own: the evaluation's random numbers are no training rollout's
 
 
-def evaluate_policies(
-    run: Run,
-    policies: Sequence[Trunk],
-    base: Trunk,
-    tokenizer: Tokenizer,
-    scorer: Scorer,
-    judges: Scorer,
-    prompts: Sequence[Prompt],
-    draw: int = 0,
-) -> list[Outcome]:
-    """Each policy on the same prompts with the same random numbers, the set `draw`. KL is to the first policy."""
-    outcomes = []
-    for number, policy in enumerate(policies):
-        run.progress("eval", 0.1 + number, len(policies) + 0.5, "generate")
-        rl = run.recipe.rl
-        assert rl is not None
-        runner = make_runner(policy, dtype=run.dtype)
-        engine = Engine(
-            runner,
-            eos_id=tokenizer.eos_id,
-            slots=run.recipe.limits.slots,
-            seed=run.recipe.seed,
-            text_of=tokenizer.decode,
-            valid_vocab=tokenizer.vocab_size,
-        )
-        engine.load(policy, version=number)
-        keys = list(range(len(prompts)))
-        episodes = generate(run, engine, tokenizer, prompts, keys, sampling_of(rl), samples=1, step=EVAL_STEP - draw)
-        del engine, runner
-        run.progress("eval", 0.7 + number, len(policies) + 0.5, "judges")
-        rows = [p.row for p in prompts]
-        scores: dict[str, np.ndarray] = {}
-        for kind, group in (("reward", scorer), ("judge", judges)):
+@dataclass(frozen=True)
+class Trial:
+    """What every contender is put to: prompts, how they are answered, by what the answers are scored.
+
+    base: the original model, whose perplexity is told; own_distribution: whether sampling is that of rl, so that the
+    mean log-ratio of two policies is a KL.
+    """
+
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    rewards: Scorer
+    judges: Scorer
+    task: TaskMetrics
+    base: Trunk
+    tokenizer: Tokenizer
+    own_distribution: bool = True
+
+    def sampled(self, run: Run, engine: Engine, draw: int) -> list[Episode]:
+        """A model's answers, by the set `draw` of random numbers."""
+        keys = list(range(len(self.prompts)))
+        step = EVAL_STEP - draw
+        return generate(run, engine, self.tokenizer, self.prompts, keys, self.sampling, samples=1, step=step)
+
+    def given(self, answers: Sequence[str]) -> list[Episode]:
+        """A baseline's answers, as if a policy had written and ended them."""
+        episodes = []
+        for n, (prompt, text) in enumerate(zip(self.prompts, answers, strict=True)):
+            ids = self._written(text)
+            first = len(prompt.ids)
+            places = list(range(first, first + len(ids)))
+            episodes.append(Episode(prompt.text, text, [*prompt.ids, *ids], places, [0.0] * len(ids), "eos", 0, n, 0))
+        return episodes
+
+    def _written(self, text: str) -> list[int]:
+        """What a policy would have chosen to write this text. Raises DataError where it is no label."""
+        labels = self.tokenizer.labels
+        if not labels:
+            return [*self.tokenizer.encode(text, special=False), self.tokenizer.eos_id]
+        if text not in labels:
+            raise DataError(f"the baseline answers {text!r:.40}, which is no label", "set task.baseline = majority")
+        return [labels.index(text)]
+
+    def outcome(self, episodes: Sequence[Episode], policy: Trunk | None, start: Trunk | None) -> Outcome:
+        """All numbers of some answers; KL where `policy` wrote them, to `start`."""
+        rows = [p.row for p in self.prompts]
+        measured = self.task(episodes, rows)
+        single = {name: values for name, values in measured.scores.items() if name not in measured.sets}
+        scores = {f"task: {name}": values for name, values in single.items()}
+        for kind, group in (("reward", self.rewards), ("judge", self.judges)):
             for source in group.sources:
                 scores[f"{kind}: {source.name}"] = np.asarray(source(episodes, rows).score_B, dtype=np.float64)
-        own = completion_logprobs(policy, episodes, rl.temperature)
-        first = completion_logprobs(policies[0], episodes, rl.temperature) if number else own
-        outcomes.append(
-            Outcome(
-                completions=[e.completion for e in episodes],
-                scores=scores,
-                base_nll_P=-completion_logprobs(base, episodes, 1.0),
-                tokens_P=np.array([len(e.actions) for e in episodes], dtype=np.float64),
-                kl_P=own - first,
-                ended_P=np.array([e.terminal for e in episodes], dtype=np.float64),
-            )
+        kl_P = np.full(len(episodes), np.nan)
+        if policy is not None and start is not None and self.own_distribution:
+            own = completion_logprobs(policy, episodes, self.sampling.temperature)
+            first = own if policy is start else completion_logprobs(start, episodes, self.sampling.temperature)
+            kl_P = own - first
+        return Outcome(
+            completions=[e.completion for e in episodes],
+            scores=scores,
+            base_nll_P=-completion_logprobs(self.base, episodes, 1.0),
+            tokens_P=np.array([len(e.actions) for e in episodes], dtype=np.float64),
+            kl_P=kl_P,
+            ended_P=np.array([e.terminal for e in episodes], dtype=np.float64),
+            sets={f"task: {name}": statistic for name, statistic in measured.sets.items()},
         )
-    return outcomes
 
 
 @torch.no_grad()
@@ -91,38 +111,59 @@ def completion_logprobs(model: Trunk, episodes: Sequence[Episode], temperature: 
     return sums
 
 
-def record_comparison(
-    run: Run, prompts: Sequence[Prompt], outcomes: Sequence[Outcome], weights: Mapping[str, float]
-) -> dict[str, list[Estimate]]:
-    """Write the table of two outcomes, and some prompts with both continuations, into the run.
+@dataclass(frozen=True)
+class Comparison:
+    """How the outcomes stand beside each other: their labels in order, and which two the change is between."""
 
-    weights: of the table's rewards and judges; where what is paid for rose and what is not fell, an alarm is recorded.
+    labels: Sequence[str]
+    before: int = 0
+    after: int = 1
+    title: str = "Held-out prompts, before and after rl"
+    note: str = ""
+
+
+def record_comparison(
+    run: Run,
+    prompts: Sequence[Prompt],
+    outcomes: Sequence[Outcome],
+    weights: Mapping[str, float],
+    shape: Comparison = Comparison(("before", "after")),
+    lower: Sequence[str] = (),
+) -> dict[str, list[Estimate]]:
+    """Write the table of some outcomes, and some prompts with two models' answers, into the run.
+
+    weights: of the table's rewards, judges and metrics; where what is paid for rose and what is not fell, an alarm is
+    recorded. lower: those of which less is better.
     """
-    found = estimates(outcomes, seed=run.recipe.seed)
+    found = estimates(outcomes, seed=run.recipe.seed, change=(shape.before, shape.after))
     note = f"{len(prompts)} held-out prompts, one completion each; value [95 % bootstrap interval over prompts]"
     note += without_score(outcomes)
     run.record(
         "table",
         stage="eval",
-        title="Held-out prompts, before and after rl",
-        columns=["", "before", "after", "change"],
+        title=shape.title,
+        columns=["", *shape.labels, "change"],
         rows=table_rows(outcomes, found),
-        note=note,
+        note=note + (f"; {shape.note}" if shape.note else ""),
     )
-    message = judged_worse(found, weights)
+    message = judged_worse(found, weights, lower=lower)
     if message:
         run.record("alarm", stage="eval", name=judged_worse.__name__, message=message)
-    before, after = outcomes
     shown = [
-        {
-            "prompt": prompts[p].text,
-            "before": before.completions[p],
-            "after": after.completions[p],
-            "scores": {
-                n: [round(float(before.scores[n][p]), 3), round(float(after.scores[n][p]), 3)] for n in before.scores
-            },
-        }
+        _shown(prompts[p], outcomes[shape.before], outcomes[shape.after], p)
         for p in range(min(run.recipe.eval.show, len(prompts)))
     ]
     run.record("prompts", stage="eval", samples=shown)
     return found
+
+
+def _shown(prompt: Prompt, before: Outcome, after: Outcome, p: int) -> dict[str, Any]:
+    """One prompt with both answers and their scores, for people."""
+    return {
+        "prompt": prompt.text,
+        "before": before.completions[p],
+        "after": after.completions[p],
+        "scores": {
+            n: [round(float(before.scores[n][p]), 3), round(float(after.scores[n][p]), 3)] for n in before.scores
+        },
+    }

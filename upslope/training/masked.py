@@ -22,8 +22,8 @@ from upslope.algo.random import uniform
 from upslope.errors import DataError
 from upslope.models.encoder import Encoder
 from upslope.ragged import Ragged
+from upslope.text.cleaning import Account
 from upslope.text.examples import Example, Examples
-from upslope.text.prepare import Account
 from upslope.text.tokenizer import Tokenizer
 
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.9  # of all tokens; of the chosen ones, and up to where a random one

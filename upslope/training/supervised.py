@@ -9,7 +9,7 @@ An encoder is pretrained on tokens that are masked: see masked.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -39,9 +39,11 @@ def run_supervised(
     tokenizer: Tokenizer,
     train: Sequence[Example],
     valid: Sequence[Example],
+    at_end: Callable[[int], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Fit the model, report the held-out loss before and after, write STAGE/model. Returns the closing metrics.
 
+    at_end: measures more of the finished model, given the number of steps.
     Raises Interrupted after saving when a stop is asked for.
     """
     freeze_lowest(model, cfg.freeze_layers)
@@ -67,6 +69,7 @@ def run_supervised(
             run.progress(stage, state.step, cfg.steps, "update")
             state.save_if_due(run)
         after = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
+        measured = at_end(state.step) if at_end else {}
     except StopAsked:
         state.interrupt(run)
     before = state.extra["before"]
@@ -77,7 +80,7 @@ def run_supervised(
     )
     export_policy(run, stage, model, tokenizer)
     closing = {f"{k}_before": v for k, v in before.items()} | after
-    return state.finish(run, closing | {"memory/peak_gb": peak_memory_gb()})
+    return state.finish(run, closing | measured | {"memory/peak_gb": peak_memory_gb()})
 
 
 def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[Example]) -> dict[str, float]:

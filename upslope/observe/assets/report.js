@@ -30,7 +30,7 @@ function header() {
 function verdict() {
   const table = data.tables.find(t => t.columns.includes("change"));
   if (!table) { make("p", "verdict", "The run has not come to its closing evaluation yet."); return; }
-  const moved = table.rows.filter(r => /^(reward|judge)/.test(r[0])).map(r => {
+  const moved = table.rows.filter(r => /^(task|reward|judge)/.test(r[0])).map(r => {
     const m = r[r.length - 1].match(/^(\S+) \[(\S+), (\S+)\]$/);
     if (!m) return null;
     const low = +m[2], high = +m[3];
@@ -109,7 +109,11 @@ function curves() {
   const colour = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
   const axis = dark ? "#9aa3af" : "#667", grid = dark ? "#2a2f36" : "#e6e9ee";
   for (const [stage, content] of Object.entries(data.stages).reverse()) {
-    const all = Object.entries(content.curves || {}).filter(([, points]) => points.length > 1);
+    const curves = content.curves || {};
+    const bound = name => /_(low|high)$/.test(name) && curves[name.replace(/_(low|high)$/, "")];
+    const first = name => /^task\//.test(name) ? 0 : name === "reward/mean" ? 1 : 2;  // the reward beside the task
+    const all = Object.entries(curves).filter(([name, points]) => points.length > 1 && !bound(name))
+      .sort((a, b) => first(a[0]) - first(b[0]));
     if (!all.length) continue;
     make("h2", "", "Curves: " + stage);
     const box = make("div", "grid");
@@ -117,15 +121,17 @@ function curves() {
       const card = make("div", "card", null, box);
       const title = make("div", "name", name, card);
       const last = points[points.length - 1][1];
+      const band = ["_low", "_high"].map(end => curves[name + end]).filter(Boolean);  // the 95 % interval, dashed
       make("span", "", last === null ? "not finite" : Number(last.toPrecision(4)), title);
       new uPlot({
         width: Math.max(260, card.clientWidth - 30), height: 150, legend: { show: false },
         cursor: { sync: { key: stage }, points: { size: 6 } }, scales: { x: { time: false } },
         axes: [{ stroke: axis, grid: { stroke: grid, width: 1 }, size: 28 },
                { stroke: axis, grid: { stroke: grid, width: 1 }, size: 52, values: (u, v) => v.map(x => Number(x.toPrecision(3))) }],
-        series: [{}, { stroke: colour, width: 2, points: { show: points.length < 3 } }],
+        series: [{}, { stroke: colour, width: 2, points: { show: points.length < 3 } },
+          ...band.map(() => ({ stroke: colour, width: 1, dash: [3, 3], points: { show: false } }))],
         hooks: { setLegend: [u => { const i = u.cursor.idx; title.lastChild.textContent = i === null || points[i] === undefined ? Number(last?.toPrecision(4)) : "step " + points[i][0] + ": " + Number(points[i][1]?.toPrecision(4)); }] },
-      }, [points.map(p => p[0]), points.map(p => p[1])], card);
+      }, [points.map(p => p[0]), points.map(p => p[1]), ...band.map(b => b.map(p => p[1]))], card);
     }
   }
 }

@@ -1,0 +1,60 @@
+"""Every shipped recipe, whole, at smoke size: a tiny model from scratch on a few rows of the same columns."""
+
+import pytest
+
+import upslope
+from tests.conftest import make_rows
+from upslope.config import load_recipe, shipped_recipes
+from upslope.observe.events import read_events
+
+WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
+SNIPPETS = [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()]
+ROWS = {
+    "sentiment-ppo": SNIPPETS,
+    "lstm-ppo": SNIPPETS,
+    "spelling-correction": [
+        {"wrong": f"the {w}{w[-1]} number {n} is here", "right": f"the {w} number {n} is here", "word": f"{w}{n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "word-qa": [
+        {"definition": f"what is called {w} in place {n}", "word": f"{w}{n}", "words": [w, f"{w}s"]}
+        for n in range(12)
+        for w in WORDS
+    ],
+}
+SMOKE = (
+    "dtype=fp32",
+    "data.near=none",
+    "data.max_tokens=120",
+    "rl.steps=2",
+    "rl.prompts=4",
+    "rl.max_tokens=8",
+    "rl.freeze_layers=0",
+    "eval.prompts=6",
+    "eval.watched=4",
+    "eval.every=1",
+)
+
+
+def test_each_recipe_has_rows_to_be_tried_with():
+    assert set(shipped_recipes()) == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
+    recipe = load_recipe(name)
+    kind = "decoder" if isinstance(recipe.model, str) else recipe.model.kind
+    over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
+    for stage in recipe.stages:
+        over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
+        over += [f"{stage}.freeze_layers=0"]
+    if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
+        over += ["rl.ppo.prompts=4"]
+    folder = upslope.train(name, *over, rows=ROWS[name], out=tmp_path / "run", plain=True)
+    events = read_events(folder / "events.jsonl")
+    table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
+    names = [row[0] for row in table["rows"]]
+    assert [f"task: {metric}" for metric in recipe.task.metrics] == [n for n in names if n.startswith("task: ")]
+    assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
+    assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]

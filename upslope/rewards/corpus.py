@@ -1,0 +1,85 @@
+"""Metrics of a whole set of completions, where the mean of single scores is another number.
+
+Each function takes the completions and their rows once and returns a statistic: of the indices of some completions
+(with repeats, as a bootstrap draws them) to a number, from counts that are made once and only added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF, TER
+
+from upslope.rewards.metrics import distinct_n
+from upslope.rewards.reference import all_references
+
+Rows = Sequence[dict[str, Any]]
+Statistic = Callable[[np.ndarray], float]
+
+
+def corpus_bleu(completions: Sequence[str], rows: Rows) -> Statistic:
+    """BLEU of the set, 0 to 1: n-gram counts are added before they are divided. Papineni et al. 2002."""
+    return _from_counts(BLEU(force=True), completions, rows)
+
+
+def corpus_chrf(completions: Sequence[str], rows: Rows) -> Statistic:
+    """chrF of the set, 0 to 1: counts are added first. Popović 2015."""
+    return _from_counts(CHRF(), completions, rows)
+
+
+def corpus_ter(completions: Sequence[str], rows: Rows) -> Statistic:
+    """TER of the set: edits of all over words of all references. Snover et al. 2006."""
+    return _from_counts(TER(), completions, rows)
+
+
+def macro_f1(completions: Sequence[str], rows: Rows) -> Statistic:
+    """The mean over the labels of the references of F1 = 2 TP / (2 TP + FP + FN); the answer is the stripped text.
+
+    An answer that is no label is wrong for the label it should have been. Labels: those of the set drawn.
+    """
+    label = [texts[0].strip() for texts in all_references(rows)]
+    names = sorted(set(label))
+    place = {name: n for n, name in enumerate(names)}
+    true_P = np.array([place[name] for name in label])
+    said_P = np.array([place.get(text.strip(), len(names)) for text in completions])
+
+    def statistic(i: np.ndarray) -> float:
+        true, said = true_P[i], said_P[i]
+        there = np.bincount(true, minlength=len(names))
+        claimed = np.bincount(said, minlength=len(names) + 1)[:-1]
+        right = np.bincount(true[true == said], minlength=len(names))
+        shown = there > 0
+        return float((2 * right[shown] / (there[shown] + claimed[shown])).mean())
+
+    return statistic
+
+
+def distinct_1(completions: Sequence[str], rows: Rows) -> Statistic:
+    """Different words among all words of the set. Li et al. 2016 (1510.03055)."""
+    return lambda i: distinct_n([completions[j] for j in i], 1)
+
+
+def distinct_2(completions: Sequence[str], rows: Rows) -> Statistic:
+    """Different pairs of words among all pairs of the set. Li et al. 2016 (1510.03055)."""
+    return lambda i: distinct_n([completions[j] for j in i], 2)
+
+
+def _from_counts(metric: Any, completions: Sequence[str], rows: Rows) -> Statistic:
+    """sacrebleu's own counts of each completion, as its significance tests use them, added up for those drawn."""
+    texts = all_references(rows)
+    most = max(map(len, texts))
+    columns = [[one[k] if k < len(one) else None for one in texts] for k in range(most)]
+    counts_PK = np.array(metric._extract_corpus_statistics(list(completions), columns), dtype=np.float64)
+
+    def statistic(i: np.ndarray) -> float:
+        total_K = counts_PK[i].sum(axis=0)
+        return float(metric._compute_score_from_stats(total_K.tolist()).score) / 100
+
+    return statistic
+
+
+SETS: Mapping[str, Callable[[Sequence[str], Rows], Statistic]] = {
+    function.__name__: function for function in (corpus_bleu, corpus_chrf, corpus_ter, macro_f1, distinct_1, distinct_2)
+}

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from upslope.kernels import cpu
 
-CHUNK_BYTES = 48 << 20  # of logits at once, in the dtype of products
-PLAIN_CHUNK_BYTES = 24 << 20  # where torch computes what follows, with several tensors of that size in fp32
+CHUNK_BYTES = 24 << 20  # of logits at once, in the dtype of products
+KEPT_BYTES = 80 << 20  # logits that fit in this altogether are kept for the backward pass instead of being made again
+SLICE = 8192  # entries of the vocabulary whose gradient is made at once
 
 
 def token_logprobs(
@@ -25,14 +26,13 @@ def token_logprobs(
         logp_n = z_n[target_n] - log sum exp z_n,   H_n = -sum_v p_nv log p_nv,   z = hidden weight^T / temperature
 
     Products are in the dtype of hidden_ND, the softmax in fp32. Rows are computed `chunk` at a time (default: what
-    fits some megabytes), forwards and, again, backwards: no N x V tensor ever exists. Raises ValueError for a
-    temperature that is not positive.
+    fits some megabytes), forwards and, unless all fit in some more, again backwards: the memory does not grow with
+    N x V. Raises ValueError for a temperature that is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: must be positive")
     if chunk is None:
-        limit = CHUNK_BYTES if cpu.serve(hidden_ND) else PLAIN_CHUNK_BYTES
-        chunk = max(16, limit // (len(weight_VD) * hidden_ND.element_size()))
+        chunk = max(16, CHUNK_BYTES // (len(weight_VD) * hidden_ND.element_size()))
     found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden_ND, weight_VD, target_N, temperature, chunk)
     return found
 
@@ -55,14 +55,15 @@ class _TokenLogprobs(torch.autograd.Function):
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
         entropy_N, norm_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
         compiled = cpu.serve(hidden_ND)
-        keep = compiled and any(ctx.needs_input_grad)
-        ctx.kept = {}  # logits for the backward pass, which need not be made again: as many as fit a chunk
+        bytes_of_all = len(hidden_ND) * len(weight_VD) * hidden_ND.element_size()
+        keep = compiled and any(ctx.needs_input_grad) and bytes_of_all <= KEPT_BYTES
+        ctx.kept = {}
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
             logits_nV = hidden_ND[rows] @ weight_DV
             if compiled:
                 logp_N[rows], entropy_N[rows], norm_N[rows] = cpu.token_stats(logits_nV, target_N[rows], temperature)
-                if keep and start == 0:
+                if keep:
                     ctx.kept[start] = logits_nV
                 continue
             logp_nV = _log_softmax(logits_nV, temperature)
@@ -98,7 +99,9 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = gain_nV @ weight_cast
             if grad_weight is not None:
-                grad_weight += gain_nV.t() @ hidden_ND[rows]
+                for entry in range(0, len(grad_weight), SLICE):
+                    entries = slice(entry, entry + SLICE)
+                    grad_weight[entries] += gain_nV[:, entries].t() @ hidden_ND[rows]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
 
 

@@ -19,7 +19,7 @@ def test_a_short_rule_is_learned_from_sparse_reward(variant):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "decoder"])
 @pytest.mark.parametrize(
-    ("variant", "task", "steps"), [("a2c", "bandit", 30), ("trpo", "rule", 60), ("ppo", "rule", 60)]
+    ("variant", "task", "steps"), [("a2c", "bandit", 30), ("trpo", "rule", 60), ("ppo", "rule", 80)]
 )
 def test_every_model_kind_learns(kind, variant, task, steps):
     outcome = learn(variant, TASKS[task], seed=1, steps=steps, kind=kind)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, RobertaConfig
 
 import upslope
 from tests.conftest import make_recipe
@@ -60,8 +60,8 @@ def test_logits_that_are_no_product_are_refused(tmp_path):
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path):
-    config = BertConfig(**COMMON | {"pad_token_id": 0}, intermediate_size=24, is_decoder=False)
-    with pytest.raises(ModelError, match="BertLMHeadModel looks at later tokens"):
+    config = RobertaConfig(**COMMON | {"pad_token_id": 0}, intermediate_size=24, is_decoder=False)
+    with pytest.raises(ModelError, match="RobertaForCausalLM looks at later tokens"):
         load_model(saved(config, tmp_path))
 
 

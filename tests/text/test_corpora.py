@@ -7,11 +7,11 @@ from upslope.text import corpora
 from upslope.text.rows import load_rows
 
 FILES = {
-    corpora.CODESPELL: "teh->the\ncatt->cat\ndgo->dog\nfoo->bar, baz,\nLondno->London\n",
+    corpora.CODESPELL: "teh->the\nhsi->his\ncatt->cat\ndgo->dog\nfoo->bar, baz,\nLondno->London\n",
     f"{corpora.WORDNET}/data.noun": (
         "  1 This software\n"
         '00000001 05 n 02 cat 0 true_cat 0 000 | a feline mammal; "the cat sat there"; "cats"  \n'
-        '00000002 05 n 01 hood 0 000 | a (slang) thing; "they grew up in the hood"  \n'
+        '00000002 05 n 01 hood 0 000 | a (slang) thing; "they grew up in the hood"; "This was fun"  \n'
         "00000003 05 n 01 dog 0 000 | a canine mammal  \n"
     ),
     f"{corpora.WORDNET}/data.verb": '00000001 30 v 01 chase 0 000 | go after; "a dog chased it"  \n',

@@ -113,7 +113,7 @@ def test_accuracy_and_macro_f1_by_hand():
 def test_a_label_that_the_training_side_lacks_is_named_by_its_row(tmp_path):
     rows = [row | {"side": i} for i, row in enumerate(labelled_rows())]
     with pytest.raises(
-        DataError, match=r"row \d+ of the (valid|test) side has the label 'odd 5?\d+', which the training"
+        DataError, match=r"row (\d+), of the (valid|test) side, has the label 'odd \1', which the training"
     ):
         upslope.train(
             recipe(), rows=[r | {"label": f"odd {i}"} if i > 20 else r for i, r in enumerate(rows)],

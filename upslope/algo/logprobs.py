@@ -27,10 +27,17 @@ def token_logprobs(
 
     Products are in the dtype of hidden_ND, the softmax in fp32. Rows are computed `chunk` at a time (default: what
     fits some megabytes), forwards and, unless all fit in some more, again backwards: the memory does not grow with
-    N x V. Raises ValueError for a temperature that is not positive.
+    N x V. Raises ValueError for a temperature that is not positive
+    and for targets that are no tokens.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: must be positive")
+    target_N = target_N.to(torch.int64).contiguous()
+    if cpu.serve(hidden_ND):  # they read where they are told to
+        low, high = (int(target_N.min()), int(target_N.max())) if len(target_N) else (0, 0)
+        if low < 0 or high >= len(weight_VD) or len(target_N) != len(hidden_ND):
+            shape = f"{len(hidden_ND)} states, {len(weight_VD)} tokens"
+            raise ValueError(f"{len(target_N)} targets from {low} to {high} for {shape}")
     if chunk is None:
         chunk = max(16, CHUNK_BYTES // (len(weight_VD) * hidden_ND.element_size()))
     found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden_ND, weight_VD, target_N, temperature, chunk)
@@ -85,10 +92,11 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            kept = ctx.kept.pop(start, None)
+            compiled = ctx.compiled and not torch.is_grad_enabled()  # else this backward is itself differentiated
+            kept = ctx.kept.pop(start, None) if compiled else None
             logits_nV = hidden_ND[rows] @ weight_cast.t() if kept is None else kept
             pulls = [None if g is None else g[rows].contiguous() for g in grads]
-            if ctx.compiled and not torch.is_grad_enabled():  # else this backward is itself differentiated
+            if compiled:
                 known = (target_N[rows], entropy_N[rows], norm_N[rows])
                 gain_nV = cpu.token_gradient_(logits_nV, *known, pulls[0], pulls[1], ctx.temperature)
             else:

@@ -49,19 +49,14 @@ METRICS: Mapping[str, Metric] = {
 WORDS = ("stage", "likelihood", "language")  # before a colon, these are no modules
 
 
-def is_named(source: str) -> bool:
-    """Whether a source is a metric's name, not module:function or a word with an argument."""
-    return ":" not in source
-
-
-def reads_reference(source: str) -> bool:
-    """Whether a source is known to read row["reference"]."""
-    return source in METRICS and METRICS[source].reference
-
-
 def falls(source: str) -> bool:
     """Whether a fall of this metric is a gain (ter)."""
     return source in METRICS and METRICS[source].higher is False
+
+
+def judges(source: str) -> bool:
+    """Whether one direction of this metric is a gain: lengths and sentiment have none."""
+    return source not in METRICS or METRICS[source].higher is not None
 
 
 def check_source(source: str, where: str, *, reward: bool, reference: bool) -> None:
@@ -90,4 +85,4 @@ def check_source(source: str, where: str, *, reward: bool, reference: bool) -> N
         raise ValueError(f"{where} is {source}, which compares with a reference: set task.reference to its column")
 
 
-__all__ = ["METRICS", "Metric", "check_source", "falls", "is_named", "reads_reference"]
+__all__ = ["METRICS", "Metric", "check_source", "falls", "judges"]

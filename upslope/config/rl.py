@@ -123,7 +123,8 @@ class RL(Table):
         """Whether a rollout is used for one gradient step by a policy that is compared with nothing but itself: the
         log-probabilities of that step are then those of the weights that sampled, and no pass before it is needed."""
         alone = self.critic == "none" and not self.uses_reference and self.importance == "none" and not self.mask_every
-        return alone and self.update == "gradient" and self.epochs * self.minibatches == 1
+        once = self.update == "gradient" and self.epochs * self.minibatches == 1 and self.trust.target is None
+        return alone and once
 
     @property
     def uses_reference(self) -> bool:

@@ -25,8 +25,11 @@ def sample(
     mask_SV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(id_S, logp_S): one token a row, and its log-probability under the very distribution it was drawn from."""
-    if cpu.serve(logits_SV) and not _cut_rows(top_k, top_p, logits_SV.shape[1]):
-        return cpu.choose(logits_SV.contiguous(), temperature_S, uniform_S.double(), valid or logits_SV.shape[1])
+    vocabulary = logits_SV.shape[1]
+    if cpu.serve(logits_SV) and not _cut_rows(top_k, top_p, vocabulary):
+        return cpu.choose(
+            logits_SV.contiguous(), temperature_S, uniform_S.double(), min(valid or vocabulary, vocabulary)
+        )
     logp_SV = log_distribution(logits_SV, temperature_S, top_k, top_p, valid, mask_SV)
     return choose(logp_SV, uniform_S, temperature_S == 0)
 

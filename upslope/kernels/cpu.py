@@ -107,7 +107,9 @@ def norm_backward(x: Tensor, grad: Tensor, weight: Tensor, scale: Tensor) -> tup
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; both may be columns of one wider tensor."""
+    """silu(gate) * up; both may be columns of one wider tensor. Raises ValueError for rows that lie differently."""
+    if gate.stride() != up.stride() or gate.stride(1) != 1:
+        raise ValueError(f"rows that lie differently: strides {gate.stride()} and {up.stride()}")
     out = torch.empty(gate.shape, dtype=gate.dtype)
     _function("swiglu", gate.dtype)(_at(gate), _at(up), _at(out), len(gate), gate.shape[1], gate.stride(0))
     return out

@@ -45,4 +45,5 @@ def can_pack(weight: Tensor) -> bool:
     """Whether torch's operators for weights in blocked layout are there and serve this one."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
-    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    return all(hasattr(torch.ops.mkldnn, o) for o in operators) and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -33,10 +33,20 @@ class EncDecCache:
 
     def move(self, source: int, target: int) -> None:
         """Let slot `target` hold what slot `source` holds."""
-        n = self.source_length[target] = self.source_length[source]
+        n = self.source_length[source]
+        self.forget(slice(None), target, n)
+        self.source_length[target] = n
         self.source_keys[:, target, :, :n] = self.source_keys[:, source, :, :n]
         self.source_values[:, target, :, :n] = self.source_values[:, source, :, :n]
         self.copy_own(source, target)
+
+    def forget(self, layer: int | slice, slot: int, n: int) -> None:
+        """Zeros where a slot held tokens of its own, and behind the first n of its source: what is masked is read, and
+        may be no number."""
+        self.keys[layer, slot, :, : self.length[slot]] = 0
+        self.values[layer, slot, :, : self.length[slot]] = 0
+        self.source_keys[layer, slot, :, n : self.source_length[slot]] = 0
+        self.source_values[layer, slot, :, n : self.source_length[slot]] = 0
 
     def copy_own(self, source: int, target: int) -> None:
         """The tokens written so far; the slots' sources are the same."""
@@ -72,6 +82,7 @@ class EncDecRunner(CopiedRunner[EncDec]):
             for p, chosen in enumerate(slots):
                 rows, length = slice(prompts.starts[p], prompts.starts[p + 1]), prompts.lengths[p]
                 for slot in chosen:
+                    cache.forget(number, slot, length)
                     cache.source_keys[number, slot, :, :length] = keys[rows].transpose(0, 1)
                     cache.source_values[number, slot, :, :length] = values[rows].transpose(0, 1)
         first = [chosen[0] for chosen in slots]

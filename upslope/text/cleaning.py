@@ -157,7 +157,7 @@ def split(
     elif same:
         keys = (folded(str(value)) for value in rows[same])
     else:
-        keys = (folded(str(sorted(row.items(), key=str))) for row in rows)
+        keys = (folded(str(sorted((c, v) for c, v in row.items() if c != ROW_NUMBER))) for row in rows)
     for i, key in enumerate(keys):
         place, bound = _place(seed, str(key)), 0.0
         side = next(reversed(list(fractions)))

@@ -38,7 +38,7 @@ def spelling() -> Iterator[Row]:
         if arrow and right.isalpha() and wrong.isalpha() and right.islower():
             typos.setdefault(right, []).append(wrong)
     for sentence in dict.fromkeys(_examples()):
-        words = [word for word in re.findall(r"[a-z]+", sentence) if word in typos]
+        words = [word for word in re.findall(r"\b[a-z]+\b", sentence) if word in typos]
         if words:
             word = words[_draw(sentence, len(words))]
             typo = typos[word][_draw(sentence + word, len(typos[word]))]

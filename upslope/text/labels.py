@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from upslope.errors import DataError
-from upslope.text.cleaning import Account
+from upslope.text.cleaning import Account, row_numbers
 from upslope.text.examples import Example, Examples
 from upslope.text.tokenizer import Tokenizer
 
@@ -28,6 +28,10 @@ class LabelTokenizer(Tokenizer):
     def pieces(self, ids: Sequence[int], *, skip_special: bool = False) -> list[str]:
         return [self.labels[i] for i in ids]
 
+    def source_pieces(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of a prompt as text, which are not labels."""
+        return super().pieces(ids)
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer of its prompts; the labels stand in the model's configuration."""
         self.inner.save_pretrained(str(folder))
@@ -43,10 +47,10 @@ def labels_of(splits: Mapping[str, Dataset], classes: str) -> tuple[str, ...]:
         )
     known = set(labels)
     for side, rows in splits.items():
-        for row, value in enumerate(rows[classes] if len(rows) else []):
+        for row, value in zip(row_numbers(rows), rows[classes] if len(rows) else [], strict=False):
             if _is_there(value) and str(value) not in known:
                 raise DataError(
-                    f"row {row} of the {side} side has the label {str(value)!r:.80}, which the training side lacks",
+                    f"row {row}, of the {side} side, has the label {str(value)!r:.80}, which the training side lacks",
                     "add such rows, or leave it out with data.keep",
                 )
     return tuple(labels)
@@ -59,7 +63,7 @@ def class_examples(
     account = Account(len(rows), unit="examples")
     number = {label: n for n, label in enumerate(tokenizer.labels)}
     made = Examples()
-    for i, (value, label) in enumerate(zip(rows[text], rows[classes], strict=True)):
+    for i, value, label in zip(row_numbers(rows), rows[text], rows[classes], strict=True):
         ids = tokenizer.encode_prompt(value) if isinstance(value, str) else []
         if not _is_there(label):
             account.drop("without a label", i)

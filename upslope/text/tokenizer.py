@@ -90,6 +90,10 @@ class Tokenizer:
         text: str = self.inner.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
+    def source_pieces(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of a prompt as text."""
+        return self.pieces(ids)
+
     def pieces(self, ids: Sequence[int], *, skip_special: bool = False) -> list[str]:
         """The text that each token adds; a character of several tokens is added by its last one.
 

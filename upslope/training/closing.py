@@ -8,6 +8,7 @@ expert     the model fitted to rl's own best samples, where there is such a stag
 
 from __future__ import annotations
 
+from upslope.config import source_name
 from upslope.rewards.reference import COLUMN
 from upslope.text.baselines import BASELINES
 from upslope.text.prepare import Prompt
@@ -59,7 +60,8 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
         judges.close()
         metrics.close()
     weights = {f"judge: {source.name}": 0.0 for source in judges.sources}
-    weights |= {f"task: {name}": 0.0 for name in metrics.names}
+    paid = {source_name(name): weight for name, weight in (p.recipe.rl.rewards if p.recipe.rl else {}).items()}
+    weights |= {f"task: {name}": paid.get(name, 0.0) for name in metrics.judging}
     weights |= {f"reward: {s.name}": weight for s, weight in zip(scorer.sources, scorer.weights, strict=True)}
     shape = _comparison(p, labels)
     lower = [f"task: {name}" for name in metrics.lower]

@@ -50,6 +50,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     table = with_task(table, task, name)
     required = [*task.columns, *([task.reference] if task.reference else [])]
     about = task.columns or ([data.prompt] if data.prompt and task.reference else [])
+    whole = [c for c in (data.messages, data.chosen, data.rejected) if c]  # what a row without text or task is made of
     table, account = cleaning.clean(
         table,
         text=data.text or (task.source_column if made else None),
@@ -57,7 +58,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
         max_chars=data.max_chars,
         keep=data.keep,
         required=list(dict.fromkeys(required)),
-        equal=[*about, *required] if about and not data.text else (),
+        equal=() if data.text else [*about, *required] if about else whole,
     )
     run.account(f"rows: {account}", None, account.examples())
     if data.near is not None:
@@ -65,7 +66,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
         run.account(f"near duplicates: {account}", None, account.examples())
     fractions = {"train": 1 - data.valid - data.test, "valid": data.valid, "test": data.test}
     splits, account = cleaning.split(
-        table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt
+        table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt or data.messages
     )
     run.account(f"split: {account}", None, account.examples())
     # in an order of their own, so that the first n of a side are a sample of all its groups

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from upslope.config import source_name
-from upslope.config.metrics import METRICS, falls
+from upslope.config.metrics import METRICS, falls, judges
 from upslope.engine import Engine, Sampling
 from upslope.evaluate import Estimate, estimate, interval
 from upslope.models.trunk import Trunk
@@ -72,6 +72,7 @@ class TaskMetrics:
         self.sources = {source_name(name): source_of(name) for name in single}
         self.sets = {name: METRICS[name].set for name in names if name in METRICS and METRICS[name].set}
         self.lower = [name for name in names if falls(name)]
+        self.judging = [source_name(name) for name in names if judges(name)]
 
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> Measured:
         scores = {name: np.asarray(source(episodes, rows).score_B) for name, source in self.sources.items()}
@@ -147,7 +148,9 @@ def watch_task(
         return
     _, scores = watched.measure(run, state.stage, at, load(), scorer)
     first = seen.get("first", scores)
-    message = judged_worse(*_changes(first, scores, run.recipe.seed), lower=watched.metrics.lower)
+    paid = {source_name(name) for name in (run.recipe.rl.rewards if run.recipe.rl else {})}
+    compared = {n: s for n, s in scores.items() if n == REWARD or (n in watched.metrics.judging and n not in paid)}
+    message = judged_worse(*_changes(first, compared, run.recipe.seed), lower=watched.metrics.lower)
     if message and not seen.get("alarm"):
         run.record("alarm", stage=state.stage, step=at, name="task_worse", message=message)
     state.extra["held_out"] = {"at": at, "first": first, "alarm": bool(message)}

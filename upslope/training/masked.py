@@ -22,7 +22,7 @@ from upslope.algo.random import uniform
 from upslope.errors import DataError
 from upslope.models.encoder import Encoder
 from upslope.ragged import Ragged
-from upslope.text.cleaning import Account
+from upslope.text.cleaning import Account, row_numbers
 from upslope.text.examples import Example, Examples
 from upslope.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def masked_texts(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: 
     account = Account(len(rows), unit="texts")
     special = set(tokenizer.inner.all_special_ids)
     made = Examples()
-    for i, value in enumerate(rows[text]):
+    for i, value in zip(row_numbers(rows), rows[text], strict=True):
         ids = tokenizer.encode_prompt(value) if isinstance(value, str) else []
         free = [place > 0 and token not in special for place, token in enumerate(ids)]
         if not any(free):

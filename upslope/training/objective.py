@@ -142,7 +142,7 @@ def terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted terms of a micro-batch, whose sum is its loss, and its shares of the statistics."""
     device, weight_A = scores.logp_A.device, part.weight_A
-    if rl.scores_once:  # these weights have sampled: their log-probabilities are the old ones
+    if frozen.scored_once(rl):  # these weights have sampled: their log-probabilities are the old ones
         batch.old_logp_A[part.rows] = scores.logp_A.detach().float().cpu()
         batch.ref_logp_A[part.rows] = batch.old_logp_A[part.rows]
         batch.entropy_A[part.rows] = scores.entropy_A.detach().float().cpu()

@@ -53,7 +53,7 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
         )
         write_report(run.folder)
         return
-    run.terminal.note(f"{run.facts['processor']}; matrix products in {run.facts['dtype']}, weights in fp32")
+    run.terminal.note(run.describe_machine())
     for line in describe(recipe):
         run.terminal.note(line)
     start, tokenizer, splits = begin(run, recipe, run.folder, given.rows)

@@ -108,7 +108,9 @@ def show_stage(book: Preview, stage: str, splits: Splits, tokenizer: Tokenizer, 
     if stage in ("pretrain", "sft"):
         for example in supervised_examples(book, stage, splits["train"], tokenizer, "train")[:count]:
             book.say(f"  {stage}, row {example.row}, {len(example.ids)} tokens, {sum(example.trained)} trained on:")
-            book.tokens(tokenizer.pieces(example.ids), example.trained)
+            given = example.trained.index(True) if True in example.trained else len(example.ids)
+            pieces = tokenizer.source_pieces(example.ids[:given]) + tokenizer.pieces(example.ids[given:])
+            book.tokens(pieces, example.trained)
     elif stage in ("reward", "preference"):
         pairs = preference_pairs(book, stage, splits["train"], tokenizer, "train", cfg.pairs_per_group)
         for pair in pairs[:count]:
@@ -118,6 +120,6 @@ def show_stage(book: Preview, stage: str, splits: Splits, tokenizer: Tokenizer, 
     else:
         for prompt in make_prompts(book, splits["train"], tokenizer, "train", stage)[:count]:
             book.say(f"  {stage}, row {prompt.number}, a prompt of {len(prompt.ids)} tokens:")
-            book.tokens(tokenizer.pieces(prompt.ids), [False] * len(prompt.ids))
+            book.tokens(tokenizer.source_pieces(prompt.ids), [False] * len(prompt.ids))
             if "reference" in prompt.row:
                 book.say(f"    reference: {prompt.row['reference']!r}")

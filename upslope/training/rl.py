@@ -64,7 +64,7 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
                 break
             episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
             metrics |= improve(run, rl, actors, state, controllers, batch)
-            if rl.scores_once:
+            if actors.frozen.scored_once(rl):
                 metrics |= policy_metrics(batch)
             finish_rollout(run, rl, actors, state, controllers, episodes, batch, metrics)
             state.save_if_due(run)
@@ -104,7 +104,7 @@ def next_rollout(
     )
     controllers.saw_return(found.mean)
     metrics = found.metrics | rollout_metrics(episodes, batch, rl.samples)
-    if batch.scored:
+    if not actors.frozen.scored_once(rl):
         metrics |= policy_metrics(batch)
     if actors.frozen.reference is not None:
         metrics |= reference_metrics(batch) | {"kl/coefficient": controllers.kl.coefficient}

@@ -38,11 +38,6 @@ class Batch:
     advantage_A: Tensor
     return_A: Tensor
 
-    @property
-    def scored(self) -> bool:
-        """Whether the trainer's own log-probabilities are there already."""
-        return not bool(self.old_logp_A.isnan().any())
-
     def rows(self, members: Sequence[int]) -> Tensor:
         """The places over A of some episodes' actions, in the order of `members`."""
         parts = [torch.arange(int(self.starts[e]), int(self.starts[e + 1])) for e in members]
@@ -64,6 +59,10 @@ class Frozen:
 
     reference: Trunk | None = None
     mask: Trunk | None = None
+
+    def scored_once(self, rl: RL) -> bool:
+        """Whether the one step on a rollout is what scores it: rl.scores_once, and nothing to compare with."""
+        return rl.scores_once and self.reference is None and self.mask is None
 
     def cut(self, rl: RL) -> Cut | None:
         return None if self.mask is None else Cut(self.mask, rl.top_k, rl.top_p)
@@ -96,10 +95,11 @@ def prepare(
     bootstrap_B = torch.zeros(len(episodes))
     behaviour = torch.tensor([p for e in episodes for p in e.logp])
     batch = Batch(episodes, starts, behaviour, old, entropy, value, ref, old, old)
-    if rl.scores_once:
+    once = frozen.scored_once(rl)
+    if once:
         for waiting in (old, entropy, ref):
             waiting.fill_(float("nan"))
-    for part in [] if rl.scores_once else episode_parts(episodes, 2 * rl.optim.micro_tokens):
+    for part in [] if once else episode_parts(episodes, 2 * rl.optim.micro_tokens):
         stop_if(should_stop)
         members = [episodes[i] for i in part]
         ragged, action_A = lay_out(members, model.policy.needs_source)

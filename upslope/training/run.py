@@ -219,7 +219,10 @@ class Run:
         return f"{facts['processor']}; products of matrices in {facts['dtype']}, {between} between; weights in fp32"
 
     def _machine_facts(self) -> dict[str, Any]:
-        """Where the run runs; decided at its first start and kept, so that a resumed run computes alike."""
+        """Where the run runs; decided at its first start and kept, so that a resumed run computes alike.
+
+        Only whether the kernels could be compiled is asked anew: without them it goes on, equal but for rounding.
+        """
         path = self.folder / "machine.json"
         if path.is_file():
             facts: dict[str, Any] = json.loads(path.read_text())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from upslope.errors import ModelError
 from upslope.models.attention import Layout, attend
 from upslope.models.ops import RMSNorm, SwiGLU
-from upslope.models.trunk import Trunk
+from upslope.models.trunk import Trunk, draw_normal
 from upslope.ragged import Ragged
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,10 +139,6 @@ class Decoder(Trunk):
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 
     @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
     def output_weight(self) -> Tensor:
         """weight_VD of the projection to logits."""
         return self.embed.weight if self.head is None else self.head.weight
@@ -177,15 +173,7 @@ class Decoder(Trunk):
 
     def init_weights(self, seed: int) -> Decoder:
         """Normal weights of deviation 0.02 (0.02 / sqrt(2 layers) into the residual), from a seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        residual = 0.02 / math.sqrt(2 * self.config.layers)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.ndim >= 2:
-                    std = residual if ".o." in name or ".down." in name else 0.02
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-                else:
-                    parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        draw_normal(self, seed, 0.02, residual=0.02 / math.sqrt(2 * self.config.layers))
         return self
 
 

@@ -25,7 +25,7 @@ from upslope.models.attention import Layout
 from upslope.models.cross import Whole, attend_biased
 from upslope.models.decoder import Linear
 from upslope.models.stack import Stack, StackConfig
-from upslope.models.trunk import Trunk
+from upslope.models.trunk import Trunk, draw_normal
 from upslope.ragged import Ragged
 
 
@@ -99,10 +99,6 @@ class EncDec(Trunk):
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 
     @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
         """All blocks, the lowest first: the encoder's, then the decoder's."""
         return nn.ModuleList([*self.encoder.blocks, *self.decoder.blocks])
@@ -168,15 +164,9 @@ class EncDec(Trunk):
 
     def init_weights(self, seed: int) -> EncDec:
         """Normal weights of deviation 0.02 (0.02 / sqrt(2 layers) into the residual), from a seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        residual = 0.02 / math.sqrt(2 * max(self.config.encoder.layers, self.config.decoder.layers))
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.ndim >= 2:
-                    std = residual if ".o." in name or ".down." in name else 0.02
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-                else:
-                    parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        draw_normal(
+            self, seed, 0.02, residual=0.02 / math.sqrt(2 * max(self.config.encoder.layers, self.config.decoder.layers))
+        )
         return self
 
     def _check_lengths(self, batch: Ragged) -> None:

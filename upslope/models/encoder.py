@@ -21,7 +21,7 @@ from upslope.errors import ModelError
 from upslope.models.cross import Whole, attend_biased
 from upslope.models.decoder import Linear, Norm
 from upslope.models.stack import ACTIVATIONS, Stack, StackConfig
-from upslope.models.trunk import Trunk
+from upslope.models.trunk import Trunk, draw_normal
 from upslope.ragged import Ragged
 
 
@@ -85,10 +85,6 @@ class Encoder(Trunk):
         self.pooler = Linear(width, width) if config.pooler else None
         self.masked = MaskedHead(config) if config.masked_head else None
         self.label_head = nn.Linear(width, len(config.labels)) if config.labels else None
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
@@ -190,12 +186,5 @@ class Encoder(Trunk):
 
         Behind a norm a block adds what its weights keep of a unit vector: a narrow one of 0.02 next to nothing.
         """
-        std = 0.02 * math.sqrt(768 / self.config.stack.width)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.ndim >= 2:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-                else:
-                    parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        draw_normal(self, seed, 0.02 * math.sqrt(768 / self.config.stack.width))
         return self

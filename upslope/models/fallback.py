@@ -72,10 +72,6 @@ class Fallback(Trunk):
         return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=nn.ModuleList())
 
     @property
-    def device(self) -> torch.device:
-        return next(self.base.parameters()).device
-
-    @property
     def _bias(self) -> Tensor | None:
         return self.tied_bias if self.head is None else getattr(self.head, "bias", None)
 

@@ -73,10 +73,6 @@ class LSTM(Trunk):
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
 
     @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
     def output_weight(self) -> Tensor:
         """weight_VD of the projection to logits."""
         return self.embed.weight if self.head is None else self.head.weight

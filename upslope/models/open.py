@@ -41,8 +41,16 @@ class Kind:
     scratch: Callable[[Scratch, int], Trunk] | None = None
 
 
+def _heads(shape: Scratch) -> int:
+    return shape.heads or max(1, shape.width // 64)
+
+
+def _gated_width(shape: Scratch) -> int:
+    return shape.ffn_width or 8 * -(-shape.width // 3)  # as many weights as a plain layer of 4 x width
+
+
 def _new_decoder(shape: Scratch, vocab_size: int) -> Decoder:
-    heads = shape.heads or max(1, shape.width // 64)
+    heads = _heads(shape)
     return Decoder(
         DecoderConfig(
             vocab_size=vocab_size,
@@ -51,7 +59,7 @@ def _new_decoder(shape: Scratch, vocab_size: int) -> Decoder:
             heads=heads,
             kv_heads=shape.kv_heads or heads,
             head_dim=shape.width // heads,
-            ffn_width=shape.ffn_width or 8 * -(-shape.width // 3),  # as many weights as a plain one of 4 x width
+            ffn_width=_gated_width(shape),
             context=shape.context,
             tied=shape.tied,
         )
@@ -64,13 +72,13 @@ def _new_lstm(shape: Scratch, vocab_size: int) -> LSTM:
 
 def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
     """Of T5 1.1's shape, its logits not scaled. 0 and 1 are the BOS and EOS of a tokenizer that is trained here."""
-    heads = shape.heads or max(1, shape.width // 64)
+    heads = _heads(shape)
     encoder = StackConfig(
         width=shape.width,
         layers=shape.layers,
         heads=heads,
         head_dim=shape.width // heads,
-        ffn_width=shape.ffn_width or 8 * -(-shape.width // 3),
+        ffn_width=_gated_width(shape),
         context=shape.context,
     )
     decoder = replace(encoder, across=True)
@@ -79,7 +87,7 @@ def _new_encdec(shape: Scratch, vocab_size: int) -> EncDec:
 
 def _new_encoder(shape: Scratch, vocab_size: int) -> Encoder:
     """Of BERT's shape."""
-    heads = shape.heads or max(1, shape.width // 64)
+    heads = _heads(shape)
     stack = StackConfig(
         width=shape.width,
         layers=shape.layers,

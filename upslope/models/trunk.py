@@ -39,7 +39,7 @@ class Trunk(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        raise NotImplementedError
+        return next(self.parameters()).device
 
     @property
     def output_weight(self) -> Tensor:
@@ -86,6 +86,19 @@ def check_context(batch: Ragged, context: int) -> None:
 def tokens_seen(needs_source: bool, prompt: int, completion: int) -> int:
     """How many tokens a context must hold: a source and what is written to it have one each."""
     return max(prompt, completion) if needs_source else prompt + completion
+
+
+def draw_normal(model: nn.Module, seed: int, deviation: float, residual: float | None = None) -> None:
+    """Normal weights from a seed alone; norms 1, biases 0. residual: the deviation of products into the residual."""
+    generator = torch.Generator().manual_seed(seed)
+    into_residual = deviation if residual is None else residual
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                std = into_residual if ".o." in name or ".down." in name else deviation
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            else:
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
 
 
 class Cache(Protocol):

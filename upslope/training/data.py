@@ -50,7 +50,8 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     table = with_task(table, task, name)
     required = [*task.columns, *([task.reference] if task.reference else [])]
     about = task.columns or ([data.prompt] if data.prompt and task.reference else [])
-    whole = [c for c in (data.messages, data.chosen, data.rejected) if c]  # what a row without text or task is made of
+    sides = [c for c in (data.messages, data.chosen, data.rejected) if c]
+    whole = [data.prompt, *sides] if sides and data.prompt else sides  # what a row without text or task is made of
     table, account = cleaning.clean(
         table,
         text=data.text or (task.source_column if made else None),

@@ -100,16 +100,16 @@ def gemm_bound(job: Job) -> dict[str, Any]:
                 F.linear(x, w)
         F.linear(inputs[-1], head)
 
-    packed = [Product(w, dtype=job.dtype) for w in [*weights, head]]
+    products = [Product(w, dtype=job.dtype) for w in [*weights, head]]
 
     def laid_out() -> None:
         for _ in range(config.layers):
-            for x, product in zip(inputs, packed[:-1], strict=False):
+            for x, product in zip(inputs, products[:-1], strict=False):
                 product(x)
-        packed[-1](inputs[-1])
+        products[-1](inputs[-1])
 
     with torch.inference_mode():
-        times = job.in_turn({"plain": plain, "packed": laid_out}, 10 * job.size.rounds)
+        times = job.in_turn({"plain": plain, products[0].layout: laid_out}, 10 * job.size.rounds)
     speed = {name: rows / statistics.median(found) for name, found in times.items()}
     return job.line(max(speed.values()), "tokens/s", rows=rows, **speed)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from upslope.algo.random import uniform
+from upslope.engine.batch import Batch
 from upslope.engine.sampling import sample
 from upslope.engine.scheduler import Admission, Scheduler
 from upslope.engine.types import Completion, Finish, Request
@@ -84,7 +84,7 @@ class Engine:
             return []
         capacity = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
         caches = [runner.new_cache(min(self.slots, total), capacity) for runner in self.runners]
-        tokens = 0
+        tokens, batch = 0, None
         while not scheduler.done:
             if should_stop is not None and should_stop():
                 raise Interrupted("generation was stopped", "the same command carries on")
@@ -95,8 +95,11 @@ class Engine:
                 torch.cat([*rows, *self._prefill(scheduler, admissions, runner, cache)])
                 for rows, runner, cache in zip(stepped, self.runners, caches, strict=True)
             ]
-            ended = self._extend(scheduler, hidden, step)
+            if batch is None or admissions:
+                batch = Batch(scheduler.running, requests, hidden[0].device)
+            ended = self._extend(batch, hidden, step)
             tokens += len(scheduler.running)
+            batch = None if ended else batch
             for source, target in scheduler.retire(ended):
                 for cache in caches:
                     cache.move(source, target)
@@ -113,27 +116,22 @@ class Engine:
         hidden_PD = runner.prefill(cache, prompts, [a.slots for a in admissions])
         return [hidden_PD[p : p + 1].expand(len(a.slots), -1) for p, a in enumerate(admissions)]
 
-    def _extend(self, scheduler: Scheduler, hidden: Sequence[Tensor], step: int) -> list[int]:
+    def _extend(self, batch: Batch, hidden: Sequence[Tensor], step: int) -> list[int]:
         """Choose a token for every running slot and append it; returns the slots that ended.
 
         hidden: one hidden_SD for each runner.
         """
-        running = scheduler.running
-        asked = [scheduler.requests[c.request] for c in running]
-        sampling = [r.sampling for r in asked]
-        device = hidden[0].device
-        temperature_S = torch.tensor([s.temperature for s in sampling], dtype=torch.float32, device=device)
         logits_SV, *mask = (project(h) for project, h in zip(self.projections, hidden, strict=True))
-        top_k, top_p = [s.top_k for s in sampling], [s.top_p for s in sampling]
-        keys, samples = [r.key for r in asked], [c.sample for c in running]
-        drawn = uniform(self.seed, step, keys, samples, [len(c.ids) for c in running])
-        uniform_S = torch.from_numpy(drawn).to(device)
-        id_S, logp_S = sample(logits_SV, temperature_S, uniform_S, top_k, top_p, self.valid_vocab, *mask)
+        uniform_S = batch.uniform(self.seed, step)
+        id_S, logp_S = sample(
+            logits_SV, batch.temperature_S, uniform_S, batch.top_k, batch.top_p, self.valid_vocab, *mask
+        )
         ended = []
-        for slot, (completion, token, logp) in enumerate(zip(running, id_S.tolist(), logp_S.tolist(), strict=True)):
+        for slot, (token, logp) in enumerate(zip(id_S.tolist(), logp_S.tolist(), strict=True)):
+            completion = batch.completions[slot]
             completion.ids.append(token)
             completion.logp.append(logp)
-            finish = self._finish(completion, asked[slot])
+            finish = self._finish(completion, batch.asked[slot])
             if finish is not None:
                 completion.finish = finish
                 ended.append(slot)

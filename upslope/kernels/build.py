@@ -1,4 +1,5 @@
-"""cpu.cpp, compiled once for this processor by the machine's own C++ compiler and kept in the user's cache folder.
+"""cpu.cpp and its headers, compiled once for this processor by the machine's own C++ compiler and kept in the user's
+cache folder.
 
 Where there is no compiler, or what it made does not run here, callers use torch's operations: slower, the same results
 but for rounding.
@@ -19,6 +20,7 @@ from pathlib import Path
 from upslope.sources import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.hpp"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 WIDE = "-mprefer-vector-width=512"  # x86: whole registers where it has them
 SECONDS = 120  # a compiler that takes longer hangs
@@ -40,9 +42,8 @@ def _compiled(compiler: str) -> Path:
     """The shared library, made if it is not there; named after all that it depends on."""
     flags = (*FLAGS, WIDE) if platform.machine() in ("x86_64", "AMD64") else FLAGS
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
-    name = hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), version, _processor(), " ".join(flags).encode()])
-    ).hexdigest()
+    text = [path.read_bytes() for path in (SOURCE, *HEADERS)]
+    name = hashlib.sha256(b"\0".join([*text, version, _processor(), " ".join(flags).encode()])).hexdigest()
     folder = cache_folder() / "kernels"
     made = folder / f"{name[:24]}.so"
     if not made.is_file():

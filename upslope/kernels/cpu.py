@@ -17,12 +17,15 @@ from torch import Tensor
 from upslope.kernels.build import library
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-BLOCK = 32  # tokens of a block of keys, as in cpu.cpp
+BLOCK = 32  # tokens of a block of keys, as in attention.hpp
+UNIT = {torch.float32: 1, torch.bfloat16: 2}  # numbers in 4 bytes, in which a cache is read
+PANEL = 32  # rows of a panel of a weight, as in product.hpp
 PARTS = 64  # sums over rows are made of so many partial ones, whatever the number of threads
 
 _POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES: dict[str, list[Any]] = {
     "attend": [_POINTER] * 7 + [_COUNT] * 6,
+    "keep_prompts": [_POINTER] * 6 + [_COUNT] * 5,
     "add_norm": [_POINTER] * 5 + [_COUNT] * 2 + [_NUMBER],
     "norm_backward": [_POINTER] * 6 + [_COUNT] * 3,
     "swiglu": [_POINTER] * 3 + [_COUNT] * 3,
@@ -34,6 +37,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "token_gradient": [_POINTER] * 6 + [_COUNT] * 2 + [_NUMBER],
     "discounted_sums": [_POINTER] * 4 + [_COUNT, _NUMBER],
     "choose": [_POINTER] * 5 + [_COUNT] * 3,
+    "product": [_POINTER] * 4 + [_COUNT] * 3,
+    "step": [_POINTER] * 11 + [_NUMBER],
 }
 
 
@@ -46,6 +51,15 @@ def serve(*tensors: Tensor) -> bool:
 def available() -> bool:
     """Whether the kernels could be compiled on this machine."""
     return library() is not None
+
+
+def multiplies() -> bool:
+    """Whether the compiled product is there: it needs instructions for bf16 that not every processor has."""
+    found = library()
+    if found is None:
+        return False
+    found.has_product.restype = ctypes.c_int64
+    return bool(found.has_product())
 
 
 @cache
@@ -71,15 +85,97 @@ def attend(
     """One decoding step of attention: positions turned, the new key and value kept, softmax(q k^T / sqrt d) v.
 
     qkv: slots rows of (heads + 2 kv heads) x d; rope: cos and sin, slots rows of d / 2; keys (slots, kv heads,
-    capacity / BLOCK, d, BLOCK); values (slots, kv heads, capacity, d); length: tokens that each slot holds (int64), the
-    place of the new one; window 0: none. Returns slots rows of heads x d.
+    capacity / BLOCK, d / P, BLOCK, P); values (slots, kv heads, capacity / P, d, P), P = UNIT of the dtype; length:
+    tokens that each slot holds (int64), the place of the new one; window 0: none. Returns slots rows of heads x d.
     """
-    slots, (kv_heads, capacity, width) = len(length), values.shape[1:]
+    slots, (kv_heads, capacity, width) = len(length), cache_sizes(values)
     out = torch.empty(slots, heads * width, dtype=qkv.dtype)
     turn = (None, None) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
     cache = (keys.data_ptr(), values.data_ptr(), length.data_ptr())
     sizes = (slots, heads, kv_heads, width, capacity, window)
     _function("attend", qkv.dtype)(qkv.data_ptr(), *turn, *cache, out.data_ptr(), *sizes)
+    return out
+
+
+def cache_sizes(values: Tensor) -> tuple[int, int, int]:
+    """(kv heads, capacity, d) of a cache's values."""
+    kv_heads, units, width, unit = values.shape[-4:]
+    return kv_heads, units * unit, width
+
+
+def keep_prompts(
+    qkv: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, entries: Tensor, heads: int
+) -> None:
+    """Write the keys, turned, and the values of prompts into the slots of a layer.
+
+    qkv and rope: a row for each token of all prompts, otherwise as in `attend`; entries (int64): a prompt's first
+    token, its tokens, and a slot that gets them.
+    """
+    kv_heads, capacity, width = cache_sizes(values)
+    cos, sin = rope or (None, None)
+    pointers = (_at(t) for t in (qkv, cos, sin, keys, values, entries))
+    _function("keep_prompts", qkv.dtype)(*pointers, len(entries), heads, kv_heads, width, capacity)
+
+
+def panels_of(weight: Tensor) -> Tensor:
+    """A bf16 weight (outputs, D), D even, as `product` reads it: (outputs / 32, D / 2, 32, 2), filled up with zeros."""
+    outputs, width = weight.shape
+    pairs = torch.nn.functional.pad(weight.contiguous().view(torch.int32), (0, 0, 0, -outputs % PANEL))
+    turned = pairs.view(-1, PANEL, width // 2).transpose(1, 2).contiguous()
+    return turned.view(torch.bfloat16).view(-1, width // 2, PANEL, 2)
+
+
+def rows_of(panels: Tensor, outputs: int) -> Tensor:
+    """What `panels_of` was made from."""
+    return panels.transpose(1, 2).reshape(-1, 2 * panels.shape[1])[:outputs]
+
+
+def product(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """x W^T + bias in bf16, W as panels; a row's sum is in fp32, in the order of its pairs whatever the batch."""
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    pointers = (_at(t) for t in (x, panels, bias, out))
+    _function("product", x.dtype)(*pointers, rows, outputs, width)
+    return out
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What `step` has to know of a decoder: its sizes in the order of step.hpp, and for each layer the addresses of its
+    weights (int64), norms in fp32, the others as panels and biases in bf16, 0 for what is not there."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    feed_width: int
+    window: int
+    eps: float
+    addresses: Tensor
+    norm: Tensor
+
+    def sizes(self) -> tuple[int, ...]:
+        heads = (self.heads, self.kv_heads, self.head_width)
+        return self.layers, self.width, *heads, self.feed_width, self.window
+
+
+def step(
+    known: Steps, x: Tensor, rope: tuple[Tensor, Tensor] | None, lengths: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """One token more in each slot, through all layers: hidden rows behind the final norm; x is written over.
+
+    x: embedded tokens (slots, D); keys and values of all layers, rope and lengths as in `attend`.
+    """
+    slots, room, capacity = len(x), values.shape[1], cache_sizes(values)[1]
+    inner = known.heads * known.head_width
+    widest = max(inner + 2 * known.kv_heads * known.head_width, 2 * known.feed_width)
+    work = torch.empty(slots * (known.width + inner + widest + known.feed_width), dtype=x.dtype)
+    out = torch.empty_like(x)
+    sizes = torch.tensor((slots, *known.sizes(), capacity, room))
+    cos, sin = rope or (None, None)
+    tensors = (x, cos, sin, lengths, known.addresses, known.norm, keys, values, work, out, sizes)
+    _function("step", x.dtype)(*(_at(t) for t in tensors), known.eps)
     return out
 
 

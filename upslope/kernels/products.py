@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upslope.kernels import cpu
+
 MIN_ROWS = 8  # a bf16 product of fewer rows with a weight in plain layout falls into a slow path on CPUs
+
+Layout = Literal["panels", "blocked", "plain"]
 
 
 class Product:
-    """x W^T + bias for a weight without gradients. On the CPU in bf16 the weight stands in the blocked layout that
-    oneDNN computes with, which the plain product makes anew each time; the results are the same bits."""
+    """x W^T + bias for a weight without gradients, in the layout that is fastest here.
+
+    In bf16 on the CPU: panels for the compiled kernel, or oneDNN's blocks where the processor has what makes those
+    faster; in any other case the weight as it is. Sums are in fp32; one layout differs from another by rounding.
+    """
 
     def __init__(self, *parts: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.weight = torch.empty(0)
-        self.packed = False
+        self.layout: Layout = "plain"
         self.load(*parts)
 
+    @torch.no_grad()
     def load(self, *parts: Tensor) -> None:
         """Take over new values: the rows of the parts one after the other."""
-        with torch.no_grad():
-            joined = torch.cat([p.detach().to(self.dtype) for p in parts]) if len(parts) > 1 else parts[0].detach()
-            joined = joined.to(self.dtype, copy=joined is parts[0] or len(parts) == 1)
-            self.packed = can_pack(joined)
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(joined) if self.packed else joined
+        joined = torch.cat([p.detach().to(self.dtype) for p in parts]) if len(parts) > 1 else parts[0].detach()
+        self.layout, self.outputs = layout_for(joined.to(self.dtype)), len(joined)
+        if self.layout == "panels":
+            self.weight = cpu.panels_of(joined.to(self.dtype))
+        elif self.layout == "blocked":
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(joined.to(self.dtype))
+        else:
+            self.weight = joined.to(self.dtype, copy=len(parts) == 1)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.packed:
+        if self.layout == "panels":
+            return cpu.product(x.contiguous(), self.weight, bias, self.outputs)
+        if self.layout == "blocked":
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
             return out
         rows = len(x)
@@ -38,12 +53,17 @@ class Product:
 
     def dense(self) -> Tensor:
         """The weight in plain layout."""
-        return self.weight.to_dense() if self.packed else self.weight
+        if self.layout == "panels":
+            return cpu.rows_of(self.weight, self.outputs)
+        return self.weight.to_dense() if self.layout == "blocked" else self.weight
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether torch's operators for weights in blocked layout are there and serve this one."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return False
+def layout_for(weight: Tensor) -> Layout:
+    """How a weight is kept for its products on this machine."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return "plain"
+    if cpu.multiplies() and weight.shape[1] % 2 == 0:
+        return "panels"
     operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    return all(hasattr(torch.ops.mkldnn, o) for o in operators) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    known = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, o) for o in operators)
+    return "blocked" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"

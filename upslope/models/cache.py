@@ -17,9 +17,8 @@ from upslope.models.ops import rotate
 class DecoderCache:
     """Keys and values (layers, slots, kv heads, capacity, d) and how many tokens each slot holds.
 
-    Where the compiled kernels serve, keys stand in their blocks: (layers, slots, kv heads, capacity / 32, d, 32).
-    Beyond its tokens a slot holds zeros: what is masked there is multiplied by 0, and 0 times a nan that an earlier
-    sequence left would be a nan.
+    Where the compiled kernels serve, they lie as `cpu.attend` reads them. Elsewhere a slot holds zeros beyond its
+    tokens: what is masked there is multiplied by 0, and 0 times a nan that an earlier sequence left would be a nan.
     """
 
     def __init__(
@@ -33,49 +32,60 @@ class DecoderCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.values = torch.empty(0, dtype=dtype, device=device)
-        self.compiled = width % cpu.BLOCK == 0 and cpu.serve(self.values)
-        room = -(-capacity // cpu.BLOCK) * cpu.BLOCK if self.compiled else capacity
-        shape = (room // cpu.BLOCK, width, cpu.BLOCK) if self.compiled else (room, width)
-        self.keys = torch.zeros(layers, slots, kv_heads, *shape, dtype=dtype, device=device)
-        self.values = torch.zeros(layers, slots, kv_heads, room, width, dtype=dtype, device=device)
+        self.compiled = width % cpu.BLOCK == 0 and cpu.serve(torch.empty(0, dtype=dtype, device=device))
         self.length = [0] * slots
-
-    @property
-    def capacity(self) -> int:
-        return self.values.shape[3]
+        if self.compiled:
+            blocks, unit = -(-capacity // cpu.BLOCK), cpu.UNIT[dtype]
+            self.keys = torch.empty(layers, slots, kv_heads, blocks, width // unit, cpu.BLOCK, unit, dtype=dtype)
+            self.values = torch.empty(layers, slots, kv_heads, blocks * cpu.BLOCK // unit, width, unit, dtype=dtype)
+        else:
+            shape = (layers, slots, kv_heads, capacity, width)
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def move(self, source: int, target: int) -> None:
         """Let slot `target` hold what slot `source` holds."""
         n = self.length[source]
-        used = -(-n // cpu.BLOCK) if self.compiled else n
-        self.keys[:, target, :, :used] = self.keys[:, source, :, :used]
-        self.values[:, target, :, :n] = self.values[:, source, :, :n]
+        n_keys, n_values = (-(-n // size) for size in self._sizes())
+        self.keys[:, target, :, :n_keys] = self.keys[:, source, :, :n_keys]
+        self.values[:, target, :, :n_values] = self.values[:, source, :, :n_values]
         self._forget(slice(None), target, n)
         self.length[target] = n
 
-    def write(self, layer: int, slots: Sequence[int], keys: Tensor, values: Tensor) -> None:
-        """Let each of the slots hold the keys and values (n, kv heads, d) of a prompt in a layer."""
-        n = len(keys)
+    def write(
+        self,
+        layer: int,
+        entries: Sequence[tuple[int, int, int]],
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        heads: int,
+    ) -> None:
+        """Let slots hold the keys, turned by rope, and values of whole prompts in a layer.
+
+        entries: (first token of a prompt, how many, slot); qkv (N, heads + 2 kv heads, d) has a row for each token of
+        all prompts, rope cos and sin (N, d / 2).
+        """
         if self.compiled:
-            blocks = -(-n // cpu.BLOCK)
-            padded = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, blocks * cpu.BLOCK - n))
-            keys = padded.view(blocks, cpu.BLOCK, *keys.shape[1:]).permute(2, 0, 3, 1)
-            n_keys = blocks
-        else:
-            keys, n_keys = keys.transpose(0, 1), n
-        values = values.transpose(0, 1)
-        for slot in slots:
-            self.keys[layer, slot, :, :n_keys] = keys
-            self.values[layer, slot, :, :n] = values
+            cpu.keep_prompts(qkv, rope, self.keys[layer], self.values[layer], torch.tensor(entries), heads)
+            return
+        kv_heads = self.values.shape[2]
+        keys, values = qkv[:, heads:].split(kv_heads, dim=1)
+        if rope is not None:
+            keys = rotate(keys, rope[0][:, None], rope[1][:, None])
+        for start, n, slot in entries:
+            self.keys[layer, slot, :, :n] = keys[start : start + n].transpose(0, 1)
+            self.values[layer, slot, :, :n] = values[start : start + n].transpose(0, 1)
             self._forget(layer, slot, n)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Tokens in one place of keys and of values."""
+        return (cpu.BLOCK, self.values.shape[-1]) if self.compiled else (1, 1)
 
     def _forget(self, layer: int | slice, slot: int, n: int) -> None:
         """Zeros in the place of what a slot has held behind its first n tokens, up to its length so far."""
-        held = self.length[slot]
-        first, last = (-(-n // cpu.BLOCK), -(-held // cpu.BLOCK)) if self.compiled else (n, held)
-        self.keys[layer, slot, :, first:last] = 0
-        self.values[layer, slot, :, n:held] = 0
+        if not self.compiled:  # the kernels read no further than a slot's tokens
+            self.keys[layer, slot, :, n : self.length[slot]] = 0
+            self.values[layer, slot, :, n : self.length[slot]] = 0
 
     def attend(
         self,

@@ -17,7 +17,6 @@ from upslope.kernels.products import Product
 from upslope.models.attention import Layout, attend
 from upslope.models.cache import DecoderCache
 from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig, Norm
-from upslope.models.ops import rotate
 from upslope.ragged import Ragged
 
 NormWeights = tuple[Tensor, Tensor | None]  # weight and bias, in fp32
@@ -28,19 +27,18 @@ class Layer:
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.qkv = Product(*_qkv(block), dtype=dtype)
-        self.gate_up = Product(*_gate_up(block), dtype=dtype)
-        self.o = Product(block.o.weight, dtype=dtype)
-        self.down = Product(block.down.weight, dtype=dtype)
+        self.products = {name: Product(*weights, dtype=dtype) for name, weights in _weights(block).items()}
         self._load_small(block)
 
     @torch.no_grad()
     def load(self, block: Block) -> None:
-        self.qkv.load(*_qkv(block))
-        self.gate_up.load(*_gate_up(block))
-        self.o.load(block.o.weight)
-        self.down.load(block.down.weight)
+        for name, weights in _weights(block).items():
+            self.products[name].load(*weights)
         self._load_small(block)
+
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """x W^T, with its bias where the shape has one."""
+        return self.products[name](x, self.small[f"{name}_bias"])
 
     @torch.no_grad()
     def _load_small(self, block: Block) -> None:
@@ -57,10 +55,6 @@ class Layer:
             for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")
             if (module := getattr(block, name)) is not None
         }
-
-    def products(self) -> list[Tensor]:
-        """The weights of the four products, in plain layout."""
-        return [p.dense() for p in (self.qkv, self.gate_up, self.o, self.down)]
 
 
 class DecoderRunner:
@@ -94,7 +88,23 @@ class DecoderRunner:
         self.norm = (model.norm.weight.detach().float().clone(), bias)
         everywhere = torch.arange(self.config.context, device=self.device)
         rope = model.rope(everywhere)
-        self.rope_table = None if rope is None else tuple(t.to(self.dtype) for t in rope)
+        self.rope_table = None if rope is None else [t[:, 0].to(self.dtype).contiguous() for t in rope]
+        self.steps = self._steps()
+
+    def _steps(self) -> cpu.Steps | None:
+        """What the compiled step is given, where it serves this shape: RMS norms, none of heads, and SwiGLU."""
+        c = self.config
+        served = c.norm == "rms" and not c.qk_norm and c.mlp == "gated" and c.activation == "silu"
+        if not served or any(p.layout != "panels" for layer in self.layers for p in layer.products.values()):
+            return None
+        table = []
+        for layer in self.layers:
+            weights = [(p.weight, layer.small[f"{name}_bias"]) for name, p in layer.products.items()]
+            tensors = [layer.norms["attn_norm"][0], layer.norms["mlp_norm"][0], *(t for pair in weights for t in pair)]
+            table.append([0 if t is None else t.data_ptr() for t in tensors])
+        window = c.sliding_window or 0
+        sizes = (c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn_width, window)
+        return cpu.Steps(*sizes, c.norm_eps, torch.tensor(table), self.norm[0])
 
     def checksum(self) -> str:
         """A number that changes when any weight does, as `checksum_of` makes it of a model."""
@@ -102,7 +112,7 @@ class DecoderRunner:
         if self.output_weight is not self.embed:
             parts.append((4, self.output_weight))
         for number, layer in enumerate(self.layers, 1):
-            parts += [(10 * number + k, w) for k, w in enumerate(layer.products())]
+            parts += [(10 * number + k, p.dense()) for k, p in enumerate(layer.products.values())]
             parts += [(10 * number + 4, w) for pair in layer.norms.values() for w in pair]
             parts += [(10 * number + 5, bias) for bias in layer.small.values()]
         return sum_of_words(parts)
@@ -127,24 +137,21 @@ class DecoderRunner:
         x = self._embed(prompts.ids_N.to(self.device), positions)
         added: Tensor | None = None
         rope = self._rope(positions)
+        turns = None if rope is None else (rope[0][:, None], rope[1][:, None])
         layout = Layout(prompts, self.device, c.sliding_window)
+        entries = [(prompts.starts[p], prompts.lengths[p], slot) for p, chosen in enumerate(slots) for slot in chosen]
         for number, layer in enumerate(self.layers):
             x, h = self._add_norm(x, added, layer.norms["attn_norm"])
-            q, k, v = self._qkv(layer, h).split([c.heads, c.kv_heads, c.kv_heads], dim=1)
-            if rope is not None:
-                cos, sin = rope[0][:, None], rope[1][:, None]
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            for p, chosen in enumerate(slots):
-                rows = slice(prompts.starts[p], prompts.starts[p + 1])
-                cache.write(number, chosen, k[rows], v[rows])
-            mixed = attend(q, k, v, layout).reshape(len(x), -1)
+            qkv = self._qkv(layer, h)
+            cache.write(number, entries, qkv, rope, c.heads)
+            q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+            mixed = attend(q, k, v, layout, turns).reshape(len(x), -1)
             if layer is self.layers[-1]:  # nobody reads the other tokens' hidden states
                 last = prompts.last.to(self.device)
                 x, mixed = x[last], mixed[last]
             x, added = self._feed_forward(layer, x, mixed)
-        for p, chosen in enumerate(slots):
-            for slot in chosen:
-                cache.length[slot] = prompts.lengths[p]
+        for _, length, slot in entries:
+            cache.length[slot] = length
         return self._add_norm(x, added, self.norm)[1]
 
     @torch.no_grad()
@@ -155,13 +162,17 @@ class DecoderRunner:
         x = self._embed(ids_S.to(self.device), lengths)
         added: Tensor | None = None
         rope = self._rope(lengths)
-        for number, layer in enumerate(self.layers):
-            x, h = self._add_norm(x, added, layer.norms["attn_norm"])
-            mixed = cache.attend(number, self._qkv(layer, h), rope, lengths, c.heads, c.sliding_window)
-            x, added = self._feed_forward(layer, x, mixed)
+        if self.steps is not None and cache.compiled:
+            hidden = cpu.step(self.steps, x, rope, lengths, cache.keys, cache.values)
+        else:
+            for number, layer in enumerate(self.layers):
+                x, h = self._add_norm(x, added, layer.norms["attn_norm"])
+                mixed = cache.attend(number, self._qkv(layer, h), rope, lengths, c.heads, c.sliding_window)
+                x, added = self._feed_forward(layer, x, mixed)
+            hidden = self._add_norm(x, added, self.norm)[1]
         for slot in range(n):
             cache.length[slot] += 1
-        return self._add_norm(x, added, self.norm)[1]
+        return hidden
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(ids, self.embed)
@@ -172,12 +183,12 @@ class DecoderRunner:
         if self.rope_table is None:
             return None
         cos, sin = self.rope_table
-        return cos[positions, 0], sin[positions, 0]
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _qkv(self, layer: Layer, h: Tensor) -> Tensor:
         """(N, heads + 2 kv heads, d): queries, keys and values, with their own norms where the shape has them."""
         c = self.config
-        heads = layer.qkv(h, layer.small["qkv_bias"]).view(len(h), c.heads + 2 * c.kv_heads, c.head_dim)
+        heads = layer.product("qkv", h).view(len(h), c.heads + 2 * c.kv_heads, c.head_dim)
         if "q_norm" not in layer.norms:
             return heads
         q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
@@ -185,8 +196,8 @@ class DecoderRunner:
 
     def _feed_forward(self, layer: Layer, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """The residual with attention's part in it, and the feed-forward's part, which is still to be added."""
-        x, h = self._add_norm(x, layer.o(mixed, layer.small["o_bias"]), layer.norms["mlp_norm"])
-        h = layer.gate_up(h, layer.small["gate_up_bias"])
+        x, h = self._add_norm(x, layer.product("o", mixed), layer.norms["mlp_norm"])
+        h = layer.product("gate_up", h)
         if self.config.mlp == "gated":
             if self.config.activation == "silu" and cpu.serve(h):
                 h = cpu.swiglu_joined(h)
@@ -195,7 +206,7 @@ class DecoderRunner:
                 h = ACTIVATIONS[self.config.activation](gate).mul_(up)
         else:
             h = ACTIVATIONS[self.config.activation](h)
-        return x, layer.down(h, layer.small["down_bias"])
+        return x, layer.product("down", h)
 
     def _add_norm(self, x: Tensor, added: Tensor | None, norm: NormWeights) -> tuple[Tensor, Tensor]:
         """x + added, and its norm; x itself may be written to."""
@@ -229,7 +240,7 @@ def model_checksum(model: Decoder, dtype: torch.dtype) -> str:
             if isinstance(module, Norm):
                 parts += [(10 * number + 4, None if p is None else p.float()) for p in (module.weight, module.bias)]
                 continue
-            place = {"q": 0, "k": 0, "v": 0, "gate": 1, "up": 1, "o": 2, "down": 3}[name]
+            place = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}[name]
             assert isinstance(module, nn.Linear)
             parts.append((10 * number + place, module.weight.to(dtype)))
             parts.append((10 * number + 5, None if module.bias is None else module.bias.to(dtype)))
@@ -248,9 +259,11 @@ def sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
     return f"{total % (1 << 64):016x}"
 
 
-def _qkv(block: Block) -> list[Tensor]:
-    return [block.q.weight, block.k.weight, block.v.weight]
-
-
-def _gate_up(block: Block) -> list[Tensor]:
-    return [*([block.gate.weight] if block.gate is not None else []), block.up.weight]
+def _weights(block: Block) -> dict[str, list[Tensor]]:
+    """What each product's weight is made of, in the order in which a step needs them."""
+    return {
+        "qkv": [block.q.weight, block.k.weight, block.v.weight],
+        "o": [block.o.weight],
+        "gate_up": [*([block.gate.weight] if block.gate is not None else []), block.up.weight],
+        "down": [block.down.weight],
+    }

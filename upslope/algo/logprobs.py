@@ -8,9 +8,10 @@ from torch import Tensor
 
 from upslope.kernels import cpu
 
-CHUNK_BYTES = 24 << 20  # of logits at once, in the dtype of products
+CHUNK_BYTES = 16 << 20  # of logits at once, in the dtype of products
 KEPT_BYTES = 80 << 20  # logits that fit in this altogether are kept for the backward pass instead of being made again
-SLICE = 8192  # entries of the vocabulary whose gradient is made at once
+ROWS = 8192  # rows that are gone through the vocabulary with at once, backwards
+SLICE = 8192  # entries of the vocabulary whose gradient is made at once, at most
 
 
 def token_logprobs(
@@ -27,8 +28,7 @@ def token_logprobs(
 
     Products are in the dtype of hidden_ND, the softmax in fp32. Rows are computed `chunk` at a time (default: what
     fits some megabytes), forwards and, unless all fit in some more, again backwards: the memory does not grow with
-    N x V. Raises ValueError for a temperature that is not positive
-    and for targets that are no tokens.
+    N x V. Raises ValueError for a temperature that is not positive and for targets that are no tokens.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: must be positive")
@@ -64,14 +64,13 @@ class _TokenLogprobs(torch.autograd.Function):
         compiled = cpu.serve(hidden_ND)
         bytes_of_all = len(hidden_ND) * len(weight_VD) * hidden_ND.element_size()
         keep = compiled and any(ctx.needs_input_grad) and bytes_of_all <= KEPT_BYTES
-        ctx.kept = {}
+        ctx.kept = hidden_ND.new_empty(len(hidden_ND), len(weight_VD)) if keep else None
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
-            logits_nV = hidden_ND[rows] @ weight_DV
+            logits_nV = torch.mm(hidden_ND[rows], weight_DV, out=None if ctx.kept is None else ctx.kept[rows])
             if compiled:
                 logp_N[rows], entropy_N[rows], norm_N[rows] = cpu.token_stats(logits_nV, target_N[rows], temperature)
-                if keep:
-                    ctx.kept[start] = logits_nV
+                del logits_nV  # before the next chunk's
                 continue
             logp_nV = _log_softmax(logits_nV, temperature)
             logp_N[rows] = logp_nV.gather(1, target_N[rows, None]).squeeze(1)
@@ -86,31 +85,49 @@ class _TokenLogprobs(torch.autograd.Function):
         if all(g is None for g in grads):
             return None, None, None, None, None
         hidden_ND, weight_VD, target_N, entropy_N, norm_N = ctx.saved_tensors
-        weight_cast = weight_VD.to(hidden_ND.dtype)
-        grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(weight_VD.dtype, torch.float32)  # a bf16 sum over chunks would lose digits
+        grad_hidden = torch.zeros_like(hidden_ND, dtype=wide) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden_ND), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            compiled = ctx.compiled and not torch.is_grad_enabled()  # else this backward is itself differentiated
-            kept = ctx.kept.pop(start, None) if compiled else None
-            logits_nV = hidden_ND[rows] @ weight_cast.t() if kept is None else kept
+        for rows, entries in _parts(ctx, hidden_ND, len(weight_VD)):
+            hidden_nD, weight_vD = hidden_ND[rows], weight_VD[entries].to(hidden_ND.dtype)
             pulls = [None if g is None else g[rows].contiguous() for g in grads]
-            if compiled:
-                known = (target_N[rows], entropy_N[rows], norm_N[rows])
-                gain_nV = cpu.token_gradient_(logits_nV, *known, pulls[0], pulls[1], ctx.temperature)
+            if ctx.compiled and not torch.is_grad_enabled():
+                logits_nv = hidden_nD @ weight_vD.t() if ctx.kept is None else ctx.kept
+                known = (target_N[rows], entropy_N[rows], norm_N[rows], *pulls, ctx.temperature, entries.start)
+                gain_nv = cpu.token_gradient_(logits_nv, *known)
             else:
-                gain_nV = _gain(
-                    _log_softmax(logits_nV, ctx.temperature), target_N[rows], entropy_N[rows], pulls[0], pulls[1]
-                )
-                gain_nV = (gain_nV / ctx.temperature).to(hidden_ND.dtype)
+                logp_nv = _log_softmax(hidden_nD @ weight_vD.t(), ctx.temperature)
+                gain_nv = _gain(logp_nv, target_N[rows], entropy_N[rows], *pulls)
+                gain_nv = (gain_nv / ctx.temperature).to(hidden_ND.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = gain_nV @ weight_cast
+                grad_hidden[rows] += gain_nv @ weight_vD
             if grad_weight is not None:
-                for entry in range(0, len(grad_weight), SLICE):
-                    entries = slice(entry, entry + SLICE)
-                    grad_weight[entries] += gain_nV[:, entries].t() @ hidden_ND[rows]
+                for first in range(0, gain_nv.shape[1], SLICE):
+                    some = slice(first, min(first + SLICE, gain_nv.shape[1]))
+                    place = slice(entries.start + some.start, entries.start + some.stop)
+                    grad_weight[place] += gain_nv[:, some].t() @ hidden_nD
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_ND.dtype)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
+
+
+def _parts(ctx: Any, hidden_ND: Tensor, vocabulary: int) -> list[tuple[slice, slice]]:
+    """Rows and entries of the vocabulary to go backwards through together, in order.
+
+    With the norms of the softmax known, a part of the vocabulary is enough for many rows: its gradient is summed over
+    them at once, and its weights are cast once. Where logits are kept, or the softmax is made anew, rows are whole.
+    """
+    tokens = len(hidden_ND)
+    everything = slice(0, vocabulary)
+    if not ctx.compiled or torch.is_grad_enabled():
+        return [(slice(start, start + ctx.chunk), everything) for start in range(0, tokens, ctx.chunk)]
+    if ctx.kept is not None:
+        return [(slice(0, tokens), everything)]
+    width = min(SLICE, max(64, CHUNK_BYTES // (min(tokens, ROWS) * hidden_ND.element_size())))
+    return [
+        (slice(start, start + ROWS), slice(first, min(first + width, vocabulary)))
+        for start in range(0, tokens, ROWS)
+        for first in range(0, vocabulary, width)
+    ]
 
 
 def _gain(

@@ -41,9 +41,9 @@
         token_stats(logits, target, logp, entropy, norm, rows, vocabulary, temperature);                               \
     }                                                                                                                  \
     void token_gradient_##name(T* logits, const int64_t* target, const float* entropy, const float* norm,              \
-                               const float* grad_logp, const float* grad_entropy, int64_t rows, int64_t vocabulary,    \
-                               float temperature) {                                                                    \
-        token_gradient(logits, target, entropy, norm, grad_logp, grad_entropy, rows, vocabulary, temperature);         \
+                               const float* grad_logp, const float* grad_entropy, int64_t rows, int64_t entries,       \
+                               int64_t first, float temperature) {                                                     \
+        token_gradient(logits, target, entropy, norm, grad_logp, grad_entropy, rows, entries, first, temperature);     \
     }                                                                                                                  \
     void pad_##name(const T* x, const T* cos, const T* sin, const Sequence* table, T* out, int64_t sequences,          \
                     int64_t heads, int64_t places, int64_t width, int64_t keys) {                                      \

@@ -34,7 +34,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "gather": [_POINTER] * 7 + [_COUNT] * 5,
     "causal_softmax": [_POINTER] * 3 + [_COUNT] * 5 + [_NUMBER],
     "token_stats": [_POINTER] * 5 + [_COUNT] * 2 + [_NUMBER],
-    "token_gradient": [_POINTER] * 6 + [_COUNT] * 2 + [_NUMBER],
+    "token_gradient": [_POINTER] * 6 + [_COUNT] * 3 + [_NUMBER],
     "discounted_sums": [_POINTER] * 4 + [_COUNT, _NUMBER],
     "choose": [_POINTER] * 5 + [_COUNT] * 3,
     "product": [_POINTER] * 4 + [_COUNT] * 3,
@@ -293,10 +293,14 @@ def token_gradient_(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     temperature: float,
+    first: int = 0,
 ) -> Tensor:
-    """The gradient by the logits, in their place: dlogp/dz = onehot - p, dH/dz = -p (log p + H)."""
+    """The gradient by the logits, in their place: dlogp/dz = onehot - p, dH/dz = -p (log p + H).
+
+    logits may be those of a part of the vocabulary, whose first entry is `first`.
+    """
     pointers = (_at(t) for t in (logits, target, entropy, norm, grad_logp, grad_entropy))
-    _function("token_gradient", logits.dtype)(*pointers, *logits.shape, temperature)
+    _function("token_gradient", logits.dtype)(*pointers, *logits.shape, first, temperature)
     return logits
 
 

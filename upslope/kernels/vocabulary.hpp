@@ -35,25 +35,28 @@ static void token_stats(const T* logits, const int64_t* target, float* logp, flo
     }
 }
 
-// In place of the logits: what the loss gains by each of them. dlogp/dz = onehot - p, dentropy/dz = -p (log p + entropy)
+// In place of the logits, those of entries `first` to first + entries - 1 of the vocabulary: what the loss gains by each.
+// dlogp/dz = onehot - p, dentropy/dz = -p (log p + entropy)
 template <class T>
 static void token_gradient(T* logits, const int64_t* target, const float* entropy, const float* norm,
-                           const float* grad_logp, const float* grad_entropy, int64_t rows, int64_t vocabulary,
-                           float temperature) {
+                           const float* grad_logp, const float* grad_entropy, int64_t rows, int64_t entries,
+                           int64_t first, float temperature) {
     const float cold = 1.0f / temperature;
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        T* row = logits + r * vocabulary;
+        T* row = logits + r * entries;
+        const int64_t chosen = target[r] - first;
+        const bool here = chosen >= 0 && chosen < entries;
         const float lse = norm[r], gl = grad_logp ? grad_logp[r] : 0.0f, ge = grad_entropy ? grad_entropy[r] : 0.0f;
-        const float chosen = wide(row[target[r]]) * cold - lse, shift = entropy[r];
+        const float log_p_chosen = here ? wide(row[chosen]) * cold - lse : 0.0f, shift = entropy[r];
 #pragma omp simd
-        for (int64_t v = 0; v < vocabulary; v++) {
+        for (int64_t v = 0; v < entries; v++) {
             const float log_p = wide(row[v]) * cold - lse, p = exponential(log_p);
             const float pull = gl + (log_p < -87.0f ? 0.0f : ge * (log_p + shift));
             store(row + v, -p * pull * cold);
         }
-        const float p = exponential(chosen);
-        store(row + target[r], (gl - p * (gl + ge * (chosen + shift))) * cold);
+        const float p = exponential(log_p_chosen);
+        if (here) store(row + chosen, (gl - p * (gl + ge * (log_p_chosen + shift))) * cold);
     }
 }
 

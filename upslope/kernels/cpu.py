@@ -259,19 +259,19 @@ def gather(padded: Tensor, table: Table, tokens: int, rope: tuple[Tensor, Tensor
     return out
 
 
-def causal_softmax_(scores: Tensor, table: Table, queries: int, window: int, scale: float) -> Tensor:
+def causal_softmax_(scores: Tensor, table: Tensor, queries: int, window: int, scale: float) -> Tensor:
     """softmax(scale scores) in place over the keys that a query may see, 0 elsewhere. scores (B, rows, keys); row r is
-    of query r % queries."""
-    (sequences, rows, keys), at = scores.shape, _at(table.rows)
+    of query r % queries; table: rows as `Table` has them, of which lengths and a parent's lengths are read."""
+    (sequences, rows, keys), at = scores.shape, _at(table)
     _function("causal_softmax", scores.dtype)(_at(scores), None, at, sequences, rows, queries, keys, window, scale)
     return scores
 
 
 def causal_softmax_backward_(
-    grad: Tensor, weights: Tensor, table: Table, queries: int, window: int, scale: float
+    grad: Tensor, weights: Tensor, table: Tensor, queries: int, window: int, scale: float
 ) -> Tensor:
     """The gradient by the scores, in place of that by the weights: scale w (dw - sum w dw)."""
-    (sequences, rows, keys), at = grad.shape, _at(table.rows)
+    (sequences, rows, keys), at = grad.shape, _at(table)
     pointers = (_at(grad), _at(weights), at)
     _function("causal_softmax", grad.dtype)(*pointers, sequences, rows, queries, keys, window, scale)
     return grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,30 @@ from upslope.models.ops import rotate
 from upslope.ragged import Ragged
 
 PLAIN_KEYS = 256  # up to here the plain product has the faster backward pass on a CPU; beyond, memory decides
-COMPILED_KEYS = 512  # and up to here the compiled kernels, which keep the weights for the backward pass
+KEPT_KEYS = 512  # up to here the compiled way keeps the weights for the backward pass; beyond, it makes them again
+QUERIES = 256  # of each sequence, whose weights stand in memory at once beyond KEPT_KEYS
+
+
+class Block(NamedTuple):
+    """Some queries of the sequences that have them, and the keys that these may see."""
+
+    rows: Tensor | None  # the sequences; None: all of them
+    queries: slice
+    keys: slice
+    table: Tensor  # for each of the rows, as `cpu.causal_softmax_` reads it
+
+    def part(self, x: Tensor, places: slice) -> Tensor:
+        """(B, heads, places, d) -> those rows and places."""
+        return x[:, :, places] if self.rows is None else x[self.rows][:, :, places]
+
+    def put(self, total: Tensor, part: Tensor) -> None:
+        """Write what belongs to the queries of those rows, of grouped heads, into its place."""
+        chosen = slice(None) if self.rows is None else self.rows
+        total[chosen, :, self.queries] = part.view(len(part), total.shape[1], -1, total.shape[3])
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """Add what belongs to the keys of those rows."""
+        total[slice(None) if self.rows is None else self.rows, :, self.keys] += part
 
 
 class Layout:
@@ -75,6 +98,24 @@ class Layout:
         return cpu.Table(*(torch.tensor(t, dtype=torch.int64) for t in (rows, first, flat)))
 
     @cached_property
+    def blocks(self) -> list[Block]:
+        """Parts of the queries and the keys that they may see, for the compiled kernels."""
+        step = QUERIES if self.keys > KEPT_KEYS else self.queries
+        return [self._block(first, min(first + step, self.queries)) for first in range(0, self.queries, step)]
+
+    def _block(self, first: int, end: int) -> Block:
+        batch = self.batch
+        alive = [b for b, length in enumerate(batch.lengths) if length > first or first == 0]
+        prefixes = [batch.prefix_lengths[b] for b in alive]
+        last = [prefix + min(end, batch.lengths[b]) for b, prefix in zip(alive, prefixes, strict=True)]
+        begin = 0 if self.window is None else max(0, min(prefixes) + first - self.window + 1)
+        table = [
+            (0, batch.lengths[b] - first, 0, prefix + first - begin) for b, prefix in zip(alive, prefixes, strict=True)
+        ]
+        rows = None if len(alive) == len(batch) else torch.tensor(alive)
+        return Block(rows, slice(first, end), slice(begin, max(last)), torch.tensor(table))
+
+    @cached_property
     def mask(self) -> Tensor | None:
         """True where a query may look: (B or 1, 1, queries, keys); None when plain causality says it all."""
         prefixes, window = torch.tensor(self.batch.prefix_lengths), self.window
@@ -115,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tensor, 
     """
     if layout.queries == 0:
         return q
-    if layout.keys <= COMPILED_KEYS and cpu.serve(q, k, v):
+    if cpu.serve(q, k, v):
         cos, sin = (None, None) if rope is None else rope
         compiled: Tensor = _Compiled.apply(q, k, v, cos, sin, layout)
         return compiled
@@ -132,56 +173,79 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tenso
 
 
 class _Compiled(torch.autograd.Function):
-    """The plain product with compiled kernels between the matrix products: what is kept is q, k, v and the weights."""
+    """The plain product, block of queries by block, with compiled kernels between the matrix products."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
     ) -> Tensor:
         rope = None if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
-        table, heads, kv_heads, width = layout.table, q.shape[1], k.shape[1], q.shape[2]
-        ctx.shape = (layout.sequences * kv_heads, heads // kv_heads * layout.queries, layout.keys, width)
-        pairs, rows, keys, _ = ctx.shape
-        pq = cpu.pad(q.contiguous(), table, layout.queries, rope, keys=False).view(pairs, rows, width)
-        pk = cpu.pad(k.contiguous(), table, keys, rope, keys=True).view(pairs, keys, width)
-        pv = cpu.pad(v.contiguous(), table, keys, None, keys=True).view(pairs, keys, width)
-        ctx.sizes = (layout.queries, layout.window or 0, width**-0.5)
-        weights = torch.bmm(pq, pk.transpose(1, 2))
-        cpu.causal_softmax_(weights.view(layout.sequences, -1, keys), table, *ctx.sizes)
-        out = torch.bmm(weights, pv).view(layout.sequences, heads, layout.queries, width)
-        ctx.save_for_backward(q, k, v, cos, sin, pq, pk, pv, weights)
+        table = layout.table
+        pq = cpu.pad(q.contiguous(), table, layout.queries, rope, keys=False)
+        pk = cpu.pad(k.contiguous(), table, layout.keys, rope, keys=True)
+        pv = cpu.pad(v.contiguous(), table, layout.keys, None, keys=True)
+        out, weights = torch.empty_like(pq), None
+        for block in layout.blocks:
+            weights = _weights(_group(block.part(pq, block.queries), pk), block.part(pk, block.keys), block, layout)
+            block.put(out, torch.matmul(weights, block.part(pv, block.keys)))
+        ctx.save_for_backward(q, k, v, cos, sin, pq, pk, pv, weights if len(layout.blocks) == 1 else None)
         ctx.layout = layout
         return cpu.gather(out, table, len(q), None, keys=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dv = w^T dy, dw = dy v^T, ds = w (dw - sum w dw) / sqrt(d), dq = ds k, dk = ds^T q; then turned back."""
-        q, k, v, cos, sin, pq, pk, pv, weights = ctx.saved_tensors
-        layout = ctx.layout
+        q, k, v, cos, sin, pq, pk, pv, kept = ctx.saved_tensors
+        layout: Layout = ctx.layout
         rope = None if cos is None else (cos, sin)
         if torch.is_grad_enabled():  # differentiated again
             with torch.enable_grad():
                 out = _composed(q, k, v, layout, rope)
                 return (*torch.autograd.grad(out, (q, k, v), grads[0], create_graph=True), None, None, None)
         table, tokens = layout.table, len(q)
-        pairs, rows, keys, width = ctx.shape
         rope = None if rope is None else (cos.contiguous(), sin.contiguous())
-        grad = cpu.pad(grads[0].contiguous(), table, layout.queries, None, keys=False).view(pairs, rows, width)
-        grad_v = torch.bmm(weights.transpose(1, 2), grad)
-        inner = torch.bmm(grad, pv.transpose(1, 2))
-        lines = (layout.sequences, -1, keys)
-        cpu.causal_softmax_backward_(inner.view(lines), weights.view(lines), table, *ctx.sizes)
-        grad_q, grad_k = torch.bmm(inner, pk), torch.bmm(inner.transpose(1, 2), pq)
-        of_queries = (layout.sequences, q.shape[1], layout.queries, width)
-        of_keys = (layout.sequences, k.shape[1], keys, width)
-        return (
-            cpu.gather(grad_q.view(of_queries), table, tokens, rope, keys=False),
-            cpu.gather(grad_k.view(of_keys), table, tokens, rope, keys=True),
-            cpu.gather(grad_v.view(of_keys), table, tokens, None, keys=True),
-            None,
-            None,
-            None,
-        )
+        grad = cpu.pad(grads[0].contiguous(), table, layout.queries, None, keys=False)
+        alone = len(layout.blocks) == 1
+        grad_q = torch.empty_like(pq)
+        wide = () if alone else tuple(torch.zeros_like(x, dtype=torch.float32) for x in (pk, pv))
+        for block in layout.blocks:
+            some_q, some_grad = (_group(block.part(x, block.queries), pk) for x in (pq, grad))
+            some_k, some_v = (block.part(x, block.keys) for x in (pk, pv))
+            weights = _weights(some_q, some_k, block, layout) if kept is None else kept
+            inner = some_grad @ some_v.transpose(2, 3)
+            cpu.causal_softmax_backward_(_lines(inner), _lines(weights), block.table, *_sizes(block, layout, pq))
+            block.put(grad_q, inner @ some_k)
+            by_keys = (inner.transpose(2, 3) @ some_q, weights.transpose(2, 3) @ some_grad)
+            wide = by_keys if alone else wide
+            for total, part in zip(wide, by_keys, strict=True):
+                if not alone:
+                    block.add(total, part)
+        grad_k, grad_v = (x.to(k.dtype) for x in wide)
+        by_k = cpu.gather(grad_k, table, tokens, rope, keys=True)
+        by_v = cpu.gather(grad_v, table, tokens, None, keys=True)
+        return cpu.gather(grad_q, table, tokens, rope, keys=False), by_k, by_v, None, None, None
+
+
+def _group(q: Tensor, k: Tensor) -> Tensor:
+    """(B, heads, queries, d) -> (B, kv heads, heads / kv heads x queries, d)."""
+    return q.reshape(len(q), k.shape[1], -1, q.shape[3])
+
+
+def _weights(q: Tensor, k: Tensor, block: Block, layout: Layout) -> Tensor:
+    """Of grouped queries (B, kv heads, rows, d) over keys (B, kv heads, keys, d): (B, kv heads, rows, keys)."""
+    scores = torch.matmul(q, k.transpose(2, 3))
+    cpu.causal_softmax_(_lines(scores), block.table, *_sizes(block, layout, q))
+    return scores
+
+
+def _lines(scores: Tensor) -> Tensor:
+    """(B, kv heads, rows, keys) -> (B, kv heads x rows, keys)."""
+    return scores.view(len(scores), -1, scores.shape[-1])
+
+
+def _sizes(block: Block, layout: Layout, q: Tensor) -> tuple[int, int, float]:
+    """What the softmax is told: queries, window, scale."""
+    return block.queries.stop - block.queries.start, layout.window or 0, q.shape[-1] ** -0.5
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -125,6 +125,7 @@ def grpo(job: Job) -> dict[str, Any]:
     size = job.size
     rl = {
         "algorithm": "grpo",
+        "kl": 0.0,  # no reference model, as TRL's default
         "reward": "reward.py:score",
         "steps": size.grpo_steps,
         "prompts": size.grpo_prompts,

@@ -23,10 +23,25 @@ def test_rms_norm_and_its_first_two_derivatives(shape):
 
 def test_swiglu_and_its_first_two_derivatives():
     torch.manual_seed(0)
-    gate, up = (torch.randn(3, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
-    torch.testing.assert_close(SwiGLU.apply(gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
-    assert torch.autograd.gradgradcheck(SwiGLU.apply, (gate, up))
+    shapes = ((3, 4), (3, 4), (5, 4))
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    gate, up, weight = inputs
+    torch.testing.assert_close(SwiGLU.apply(*inputs), F.linear(F.silu(gate) * up, weight))
+    assert torch.autograd.gradcheck(SwiGLU.apply, inputs)
+    assert torch.autograd.gradgradcheck(SwiGLU.apply, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_as_compiled_is_the_composed_one(dtype):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((9, 32), (9, 32), (16, 32))]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    pull = torch.randn(9, 16)
+    found = (SwiGLU.apply(*inputs), *torch.autograd.grad(SwiGLU.apply(*inputs), inputs, pull.to(dtype)))
+    out = F.linear(F.silu(wide[0]) * wide[1], wide[2])
+    expected = (out, *torch.autograd.grad(out, wide, pull.to(dtype).double()))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).norm() < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * theirs.norm()
 
 
 @pytest.mark.parametrize("shape", [{}, {"norm": "layer", "position": "learned", "mlp": "plain"}, {"qk_norm": True}])

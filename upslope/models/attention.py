@@ -131,6 +131,16 @@ class Layout:
             allowed = allowed & (key > query - window)
         return allowed[:, None].to(self.device)
 
+    def padded(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, queries, d), keys and values (B, kv heads, keys, d), the first two turned: compiled."""
+        return (
+            cpu.pad(q.contiguous(), self.table, self.queries, rope, keys=False),
+            cpu.pad(k.contiguous(), self.table, self.keys, rope, keys=True),
+            cpu.pad(v.contiguous(), self.table, self.keys, None, keys=True),
+        )
+
     def pad_queries(self, x: Tensor) -> Tensor:
         """(N, heads, d) -> (B, heads, queries, d), zeros where nothing is real."""
         flat = x.new_zeros(self.sequences * self.queries, *x.shape[1:]).index_copy(0, self.query_place, x)
@@ -180,22 +190,19 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
     ) -> Tensor:
         rope = None if cos is None or sin is None else (cos.contiguous(), sin.contiguous())
-        table = layout.table
-        pq = cpu.pad(q.contiguous(), table, layout.queries, rope, keys=False)
-        pk = cpu.pad(k.contiguous(), table, layout.keys, rope, keys=True)
-        pv = cpu.pad(v.contiguous(), table, layout.keys, None, keys=True)
+        pq, pk, pv = layout.padded(q, k, v, rope)
         out, weights = torch.empty_like(pq), None
         for block in layout.blocks:
             weights = _weights(_group(block.part(pq, block.queries), pk), block.part(pk, block.keys), block, layout)
             block.put(out, torch.matmul(weights, block.part(pv, block.keys)))
-        ctx.save_for_backward(q, k, v, cos, sin, pq, pk, pv, weights if len(layout.blocks) == 1 else None)
+        ctx.save_for_backward(q, k, v, cos, sin, weights if len(layout.blocks) == 1 else None)
         ctx.layout = layout
-        return cpu.gather(out, table, len(q), None, keys=False)
+        return cpu.gather(out, layout.table, len(q), None, keys=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dv = w^T dy, dw = dy v^T, ds = w (dw - sum w dw) / sqrt(d), dq = ds k, dk = ds^T q; then turned back."""
-        q, k, v, cos, sin, pq, pk, pv, kept = ctx.saved_tensors
+        q, k, v, cos, sin, kept = ctx.saved_tensors
         layout: Layout = ctx.layout
         rope = None if cos is None else (cos, sin)
         if torch.is_grad_enabled():  # differentiated again
@@ -204,6 +211,7 @@ class _Compiled(torch.autograd.Function):
                 return (*torch.autograd.grad(out, (q, k, v), grads[0], create_graph=True), None, None, None)
         table, tokens = layout.table, len(q)
         rope = None if rope is None else (cos.contiguous(), sin.contiguous())
+        pq, pk, pv = layout.padded(q, k, v, rope)
         grad = cpu.pad(grads[0].contiguous(), table, layout.queries, None, keys=False)
         alone = len(layout.blocks) == 1
         grad_q = torch.empty_like(pq)

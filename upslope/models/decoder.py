@@ -118,7 +118,8 @@ class Block(nn.Module):
         if self.gate is None:
             return self.down(ACTIVATIONS[self.config.activation](self.up(h)))
         if self.config.activation == "silu":
-            return self.down(SwiGLU.apply(self.gate(h), self.up(h)))
+            mixed: Tensor = SwiGLU.apply(self.gate(h), self.up(h), self.down.weight.to(h.dtype))
+            return mixed if self.down.bias is None else mixed + self.down.bias.to(h.dtype)
         return self.down(ACTIVATIONS[self.config.activation](self.gate(h)) * self.up(h))
 
 

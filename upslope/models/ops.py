@@ -54,25 +54,36 @@ class RMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """y = silu(gate) * up, keeping only its two inputs. Shazeer 2020, "GLU Variants" (arXiv 2002.05202)."""
+    """y = (silu(gate) * up) W^T, keeping only gate and up: what the product is of is made again for its gradient.
+
+    Shazeer 2020, "GLU Variants" (arXiv 2002.05202). gate and up (N, F), W (D, F) -> (N, D).
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return cpu.swiglu(gate, up) if _rows(gate, up) else F.silu(gate).mul_(up)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(_gated(gate, up), weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """dgate = dy up s (1 + gate (1 - s)),  dup = dy gate s,  s = sigmoid(gate)."""
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """da = dy W, dW = dy^T a; dgate = da up s (1 + gate (1 - s)),  dup = da gate s,  s = sigmoid(gate)."""
+        gate, up, weight = ctx.saved_tensors
         grad = grads[0]
+        grad_weight = grad.t() @ _gated(gate, up) if ctx.needs_input_grad[2] else None
+        grad = grad @ weight
         if torch.is_grad_enabled():  # differentiated again: silu_backward has no derivative of its own
             slope = torch.sigmoid(gate)
-            return grad * up * slope * (1 + gate * (1 - slope)), F.silu(gate) * grad
+            return grad * up * slope * (1 + gate * (1 - slope)), F.silu(gate) * grad, grad_weight
         if _rows(gate, up, grad):
-            return cpu.swiglu_backward(gate, up, grad)
+            return *cpu.swiglu_backward(gate, up, grad), grad_weight
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+        return grad_gate, F.silu(gate).mul_(grad), grad_weight
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return cpu.swiglu(gate, up) if _rows(gate, up) else F.silu(gate).mul_(up)
 
 
 def _rows(*tensors: Tensor) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from upslope.algo import token_logprobs
+from upslope.algo import logprobs, token_logprobs
 
 
 def plain(hidden, weight, target, temperature):
@@ -89,6 +89,40 @@ def test_the_gradient_can_be_differentiated_again(which):
         return tuple(outputs[i] for i in which)
 
     assert torch.autograd.gradgradcheck(chosen, inputs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_by_parts_of_the_vocabulary_equal_the_plain_formula(temperature, monkeypatch):
+    for name, value in (("KEPT_BYTES", -1), ("CHUNK_BYTES", 0), ("ROWS", 5), ("SLICE", 70)):
+        monkeypatch.setattr(logprobs, name, value)
+    hidden, weight, target = make(13, 16, 150)
+    pull = torch.randn(2, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact = (hidden.requires_grad_(), weight.requires_grad_())
+    inputs = tuple(x.detach().float().requires_grad_() for x in exact)
+
+    def gradients(outputs, leaves):
+        return torch.autograd.grad(sum((x.double() * p).sum() for x, p in zip(outputs, pull, strict=True)), leaves)
+
+    found = gradients(token_logprobs(*inputs, target, temperature=temperature), inputs)
+    for ours, expected in zip(found, gradients(plain(*exact, target, temperature), exact), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_backward_pass_has_the_gradients_of_the_first():
+    hidden, weight, target = make(9, 16, 50)
+    inputs = (hidden.float().detach().requires_grad_(), weight.float().detach().requires_grad_())
+    logp = token_logprobs(*inputs, target)[0].sum()
+    first = torch.autograd.grad(logp, inputs, retain_graph=True)
+    for ours, again in zip(first, torch.autograd.grad(logp, inputs), strict=True):
+        torch.testing.assert_close(again, ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_gradient_of_no_rows_is_zero(kept, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 80 << 20 if kept else -1)
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(6, 4, requires_grad=True)
+    token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64))[0].sum().backward()
+    assert hidden.grad.shape == (0, 4) and not weight.grad.any()
 
 
 def test_the_weight_gradient_of_a_bf16_weight_is_summed_in_fp32():

@@ -1,5 +1,6 @@
 """Log-probabilities of chosen tokens through a projection that is never held whole."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy_N[rows] = -torch.bmm(logp_nV.exp()[:, None], logp_nV[:, :, None]).view(-1)  # no product is stored
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, entropy_N, norm_N)
         ctx.temperature, ctx.chunk, ctx.compiled = temperature, chunk, compiled
+        ctx.weight_dtype = weight_VD.dtype
         return logp_N, entropy_N
 
     @staticmethod
@@ -88,11 +90,22 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = torch.promote_types(weight_VD.dtype, torch.float32)  # a bf16 sum over chunks would lose digits
         grad_hidden = torch.zeros_like(hidden_ND, dtype=wide) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        for rows, entries in _parts(ctx, hidden_ND, len(weight_VD)):
+        compiled = ctx.compiled and not torch.is_grad_enabled()  # else this backward is itself differentiated
+        kept = None
+        if compiled:  # their gradient takes their place: another backward pass makes them again
+            kept, ctx.kept = ctx.kept, None
+        tokens, vocabulary = len(hidden_ND), len(weight_VD)
+        size, width = ctx.chunk, vocabulary
+        if compiled:
+            size, width = _part(tokens, vocabulary, hidden_ND.element_size()) if kept is None else (tokens, vocabulary)
+        if width == vocabulary:  # every part has all of the weight: cast once
+            weight_VD = weight_VD.to(hidden_ND.dtype)
+        parts = itertools.product(_slices(tokens, size), _slices(vocabulary, width))
+        for rows, entries in parts:
             hidden_nD, weight_vD = hidden_ND[rows], weight_VD[entries].to(hidden_ND.dtype)
             pulls = [None if g is None else g[rows].contiguous() for g in grads]
-            if ctx.compiled and not torch.is_grad_enabled():
-                logits_nv = hidden_nD @ weight_vD.t() if ctx.kept is None else ctx.kept
+            if compiled:
+                logits_nv = hidden_nD @ weight_vD.t() if kept is None else kept
                 known = (target_N[rows], entropy_N[rows], norm_N[rows], *pulls, ctx.temperature, entries.start)
                 gain_nv = cpu.token_gradient_(logits_nv, *known)
             else:
@@ -102,32 +115,25 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] += gain_nv @ weight_vD
             if grad_weight is not None:
-                for first in range(0, gain_nv.shape[1], SLICE):
-                    some = slice(first, min(first + SLICE, gain_nv.shape[1]))
+                for some in _slices(gain_nv.shape[1], SLICE):
                     place = slice(entries.start + some.start, entries.start + some.stop)
                     grad_weight[place] += gain_nv[:, some].t() @ hidden_nD
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_ND.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
-def _parts(ctx: Any, hidden_ND: Tensor, vocabulary: int) -> list[tuple[slice, slice]]:
-    """Rows and entries of the vocabulary to go backwards through together, in order.
+def _part(tokens: int, vocabulary: int, number_bytes: int) -> tuple[int, int]:
+    """Rows and entries of the vocabulary to go backwards through together, where the norms of the softmax are known.
 
-    With the norms of the softmax known, a part of the vocabulary is enough for many rows: its gradient is summed over
-    them at once, and its weights are cast once. Where logits are kept, or the softmax is made anew, rows are whole.
+    A part of the vocabulary is then enough for many rows: its gradient is summed over them at once.
     """
-    tokens = len(hidden_ND)
-    everything = slice(0, vocabulary)
-    if not ctx.compiled or torch.is_grad_enabled():
-        return [(slice(start, start + ctx.chunk), everything) for start in range(0, tokens, ctx.chunk)]
-    if ctx.kept is not None:
-        return [(slice(0, tokens), everything)]
-    width = min(SLICE, max(64, CHUNK_BYTES // (min(tokens, ROWS) * hidden_ND.element_size())))
-    return [
-        (slice(start, start + ROWS), slice(first, min(first + width, vocabulary)))
-        for start in range(0, tokens, ROWS)
-        for first in range(0, vocabulary, width)
-    ]
+    rows = max(1, min(tokens, ROWS))
+    return rows, min(vocabulary, SLICE, max(64, CHUNK_BYTES // (rows * number_bytes)))
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, max(1, size))]
 
 
 def _gain(

@@ -49,6 +49,11 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_dir)
 
 
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers from a seed of their own."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
 def tiny_config(**changes: Any) -> DecoderConfig:
     shape = dict(vocab_size=31, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, ffn_width=24, context=64)
     return DecoderConfig(**{**shape, **changes})

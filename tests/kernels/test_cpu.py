@@ -7,16 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.conftest import random
 from upslope.engine.sampling import choose, log_distribution
 from upslope.kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler here: torch's operations stand in")
 DTYPES = [torch.float32, torch.bfloat16]
 NEAR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative to the largest number
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

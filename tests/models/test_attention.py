@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.conftest import random
 from upslope.kernels import cpu
 from upslope.models import attention
 from upslope.models.attention import Layout, attend
@@ -26,10 +27,6 @@ CPU = torch.device("cpu")
 def batch_of(name: str) -> Ragged:
     lengths, parents = BATCHES[name]
     return Ragged.of([[1] * n for n in lengths], parents)
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def one_by_one(batch: Ragged, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -15,12 +15,6 @@ constexpr int64_t BLOCK = 32;
 template <class T>
 constexpr int64_t UNIT = 4 / sizeof(T);
 
-static inline uint32_t unit(const void* place) {
-    uint32_t bits;
-    std::memcpy(&bits, place, 4);
-    return bits;
-}
-
 // sum += x y of 16 units; T says what a unit is
 static inline lanes multiply(const float*, lanes sum, words x, uint32_t y) {
     float number;
@@ -42,21 +36,6 @@ static inline words load(const void* place) {
     words x;
     std::memcpy(&x, place, 64);
     return x;
-}
-
-template <class T>
-static void turn(const T* x, const T* cos, const T* sin, int64_t width, T* out) {  // rotary positions, halves
-    const int64_t half = width / 2;
-    if (!cos) {
-        std::memcpy(out, x, width * sizeof(T));
-        return;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-        const float a = wide(x[i]), b = wide(x[i + half]), c = wide(cos[i]), s = wide(sin[i]);
-        store(out + i, a * c - b * s);
-        store(out + i + half, b * c + a * s);
-    }
 }
 
 // the key (turned) and the value of token `at` into their places
@@ -156,11 +135,11 @@ static void attend(const T* qkv, const T* cos, const T* sin, T* keys, T* values,
             const T* x = qkv + slot * (heads + 2 * kv_heads) * width;
             T* K = keys + (slot * kv_heads + kv) * capacity * width;
             T* V = values + (slot * kv_heads + kv) * capacity * width;
-            turn(x + (heads + kv) * width, c, s, width, k);
+            turn(x + (heads + kv) * width, c, s, width, 1.0f, k);
             keep(k, x + (heads + kv_heads + kv) * width, K, V, at, width);
             for (int64_t g = 0, count; g < group; g += count) {
                 count = group - g < 4 ? group - g : 4;
-                for (int64_t i = 0; i < count; i++) turn(x + (kv * group + g + i) * width, c, s, width, q + i * width);
+                for (int64_t i = 0; i < count; i++) turn(x + (kv * group + g + i) * width, c, s, width, 1.0f, q + i * width);
                 auto one = count == 4 ? look<T, 4> : count == 3 ? look<T, 3> : count == 2 ? look<T, 2> : look<T, 1>;
                 one(q, K, V, score, weight, mixed, first, at, width, capacity);
                 T* place = out + (slot * heads + kv * group + g) * width;
@@ -188,7 +167,7 @@ static void keep_prompts(const T* qkv, const T* cos, const T* sin, T* keys, T* v
                 const int64_t n = entries[e].start + at;
                 const T *c = cos ? cos + n * width / 2 : nullptr, *s = sin ? sin + n * width / 2 : nullptr;
                 const T* x = qkv + n * (heads + 2 * kv_heads) * width;
-                turn(x + (heads + kv) * width, c, s, width, k.data());
+                turn(x + (heads + kv) * width, c, s, width, 1.0f, k.data());
                 keep(k.data(), x + (heads + kv_heads + kv) * width, keys + place, values + place, at, width);
             }
         }

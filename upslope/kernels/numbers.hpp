@@ -1,4 +1,4 @@
-// bf16 beside float, the exponential, and vectors of 16 numbers.
+// bf16 beside float, the exponential, vectors of 16 numbers, rotary positions and the softmax of a row.
 
 #pragma once
 
@@ -50,6 +50,28 @@ static inline float exponential(float x) {
 
 typedef float lanes __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
+
+static inline uint32_t unit(const void* place) {
+    uint32_t bits;
+    std::memcpy(&bits, place, 4);
+    return bits;
+}
+
+// Rotary positions, in halves: x turned by its angle, or back where sign is -1; where there is no cos, x as it is.
+template <class T>
+static void turn(const T* x, const T* cos, const T* sin, int64_t width, float sign, T* out) {
+    const int64_t half = width / 2;
+    if (!cos) {
+        std::memcpy(out, x, width * sizeof(T));
+        return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float a = wide(x[i]), b = wide(x[i + half]), c = wide(cos[i]), s = sign * wide(sin[i]);
+        store(out + i, a * c - b * s);
+        store(out + i + half, b * c + a * s);
+    }
+}
 
 static void softmax(float* x, int64_t first, int64_t at) {
     float top = -INFINITY, sum = 0;

@@ -19,11 +19,7 @@ constexpr int64_t PANEL = 32;
 #if HAS_PRODUCT
 
 static inline __m512bh pairs(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }
-static inline __m512bh everywhere(const bf16* x) {
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
+static inline __m512bh everywhere(const bf16* x) { return (__m512bh)_mm512_set1_epi32(int32_t(unit(x))); }
 static inline void store16(bf16* place, __m512 x, int64_t count) {
     const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(x);
     if (count >= 16) _mm256_storeu_si256((__m256i*)place, narrow);

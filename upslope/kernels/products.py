@@ -31,14 +31,13 @@ class Product:
     @torch.no_grad()
     def load(self, *parts: Tensor) -> None:
         """Take over new values: the rows of the parts one after the other."""
-        joined = torch.cat([p.detach().to(self.dtype) for p in parts]) if len(parts) > 1 else parts[0].detach()
-        self.layout, self.outputs = layout_for(joined.to(self.dtype)), len(joined)
+        joined = torch.cat([p.detach().to(self.dtype) for p in parts])  # a copy, also of a single part
+        self.layout, self.outputs = layout_for(joined), len(joined)
         if self.layout == "panels":
-            self.weight = cpu.panels_of(joined.to(self.dtype))
+            joined = cpu.panels_of(joined)
         elif self.layout == "blocked":
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(joined.to(self.dtype))
-        else:
-            self.weight = joined.to(self.dtype, copy=len(parts) == 1)
+            joined = torch.ops.mkldnn._reorder_linear_weight(joined)
+        self.weight = joined
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.layout == "panels":

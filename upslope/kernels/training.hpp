@@ -11,17 +11,6 @@ struct Sequence {
     int64_t start, length, parent, prefix;
 };
 
-template <class T>
-static void turned(const T* x, const T* cos, const T* sin, int64_t width, float turn_by, T* out) {
-    const int64_t half = width / 2;
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-        const float a = wide(x[i]), b = wide(x[i + half]), c = wide(cos[i]), s = turn_by * wide(sin[i]);
-        store(out + i, a * c - b * s);
-        store(out + i + half, b * c + a * s);
-    }
-}
-
 // x (N, heads, width) into padded places, turned by its positions where cos is there; with its parent's where keys != 0
 template <class T>
 static void pad(const T* x, const T* cos, const T* sin, const Sequence* table, T* out, int64_t sequences, int64_t heads,
@@ -35,8 +24,8 @@ static void pad(const T* x, const T* cos, const T* sin, const Sequence* table, T
             for (int64_t i = 0; i < used; i++) {
                 const int64_t n = i < prefix ? q.parent + i : q.start + i - prefix;
                 const T* from = x + (n * heads + h) * width;
-                if (cos) turned(from, cos + n * width / 2, sin + n * width / 2, width, 1.0f, to + i * width);
-                else std::memcpy(to + i * width, from, width * sizeof(T));
+                const T *c = cos ? cos + n * width / 2 : nullptr, *s = sin ? sin + n * width / 2 : nullptr;
+                turn(from, c, s, width, 1.0f, to + i * width);
             }
             std::memset((void*)(to + used * width), 0, (places - used) * width * sizeof(T));
         }
@@ -72,8 +61,8 @@ static void gather(const T* padded, const T* cos, const T* sin, const Sequence* 
                     }
                     const int64_t n = q.start + i;
                     T* to = out + (n * heads + h) * width;
-                    if (cos) turned(from, cos + n * width / 2, sin + n * width / 2, width, -1.0f, to);
-                    else std::memcpy(to, from, width * sizeof(T));
+                    const T *c = cos ? cos + n * width / 2 : nullptr, *s = sin ? sin + n * width / 2 : nullptr;
+                    turn(from, c, s, width, -1.0f, to);
                 }
             }
     }

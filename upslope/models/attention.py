@@ -224,10 +224,11 @@ class _Compiled(torch.autograd.Function):
             cpu.causal_softmax_backward_(_lines(inner), _lines(weights), block.table, *_sizes(block, layout, pq))
             block.put(grad_q, inner @ some_k)
             by_keys = (inner.transpose(2, 3) @ some_q, weights.transpose(2, 3) @ some_grad)
-            wide = by_keys if alone else wide
+            if alone:
+                wide = by_keys
+                break
             for total, part in zip(wide, by_keys, strict=True):
-                if not alone:
-                    block.add(total, part)
+                block.add(total, part)
         grad_k, grad_v = (x.to(k.dtype) for x in wide)
         by_k = cpu.gather(grad_k, table, tokens, rope, keys=True)
         by_v = cpu.gather(grad_v, table, tokens, None, keys=True)

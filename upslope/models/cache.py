@@ -5,8 +5,6 @@ Live slots are always 0 to n - 1, so that a step reads the cache where it lies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -55,24 +53,24 @@ class DecoderCache:
     def write(
         self,
         layer: int,
-        entries: Sequence[tuple[int, int, int]],
+        entries: Tensor,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         heads: int,
     ) -> None:
         """Let slots hold the keys, turned by rope, and values of whole prompts in a layer.
 
-        entries: (first token of a prompt, how many, slot); qkv (N, heads + 2 kv heads, d) has a row for each token of
-        all prompts, rope cos and sin (N, d / 2).
+        entries (int64): rows of a prompt's first token, how many there are, and a slot; qkv (N, heads + 2 kv heads, d)
+        has a row for each token of all prompts, rope cos and sin (N, d / 2).
         """
         if self.compiled:
-            cpu.keep_prompts(qkv, rope, self.keys[layer], self.values[layer], torch.tensor(entries), heads)
+            cpu.keep_prompts(qkv, rope, self.keys[layer], self.values[layer], entries, heads)
             return
         kv_heads = self.values.shape[2]
         keys, values = qkv[:, heads:].split(kv_heads, dim=1)
         if rope is not None:
             keys = rotate(keys, rope[0][:, None], rope[1][:, None])
-        for start, n, slot in entries:
+        for start, n, slot in entries.tolist():
             self.keys[layer, slot, :, :n] = keys[start : start + n].transpose(0, 1)
             self.values[layer, slot, :, :n] = values[start : start + n].transpose(0, 1)
             self._forget(layer, slot, n)

@@ -140,10 +140,11 @@ class DecoderRunner:
         turns = None if rope is None else (rope[0][:, None], rope[1][:, None])
         layout = Layout(prompts, self.device, c.sliding_window)
         entries = [(prompts.starts[p], prompts.lengths[p], slot) for p, chosen in enumerate(slots) for slot in chosen]
+        table = torch.tensor(entries)
         for number, layer in enumerate(self.layers):
             x, h = self._add_norm(x, added, layer.norms["attn_norm"])
             qkv = self._qkv(layer, h)
-            cache.write(number, entries, qkv, rope, c.heads)
+            cache.write(number, table, qkv, rope, c.heads)
             q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
             mixed = attend(q, k, v, layout, turns).reshape(len(x), -1)
             if layer is self.layers[-1]:  # nobody reads the other tokens' hidden states

@@ -1,7 +1,10 @@
 """An encoder of BERT's shape over ragged batches: a policy of one action, the choice of a label.
 
     states = blocks(norm(embed(ids) + position + type))       both ways within each sequence
-    pooled = tanh(W states[0] + b)                            logits over the labels = labels (pooled, 1)
+    pooled = tanh(W states[0] + b), or mean over states       logits over the labels = labels (pooled, 1)
+
+The mean is what sentence encoders are trained with (Reimers and Gurevych 2019, "Sentence-BERT", arXiv 1908.10084):
+their folders say so, and the pooler that some of them still hold is not read.
 
 A prompt is a sequence without a parent; the state that chooses its label is given at its last token, and the label is
 its child's one token. The hidden states of other places are 0 and nothing reads them.
@@ -27,12 +30,14 @@ from upslope.ragged import Ragged
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of an encoder. tokens: of its vocabulary; labels: the names of what it chooses from, none at first."""
+    """The shape of an encoder. tokens: of its vocabulary; mean: pooled is the mean of the states; labels: the names of
+    what it chooses from, none at first."""
 
     tokens: int
     stack: StackConfig
     types: int = 2
     pooler: bool = True
+    mean: bool = False
     masked_head: bool = True
     labels: tuple[str, ...] = ()
     pad_id: int = 0
@@ -138,7 +143,14 @@ class Encoder(Trunk):
 
     def pooled(self, sources: Ragged) -> Tensor:
         """(B, D + 1): the pooled state of each sequence, and a 1."""
-        first = self.states(sources)[torch.tensor(sources.starts[:-1], device=self.device)]
+        states = self.states(sources)
+        if self.config.mean:
+            row_N = torch.arange(len(sources)).repeat_interleave(torch.tensor(sources.lengths)).to(states.device)
+            sums = states.new_zeros(len(sources), states.shape[1], dtype=torch.float32)
+            sums = sums.index_add(0, row_N, states.float())
+            state = (sums / torch.tensor(sources.lengths, device=states.device)[:, None]).to(states.dtype)
+            return torch.cat((state, state.new_ones(len(state), 1)), dim=1)
+        first = states[torch.tensor(sources.starts[:-1], device=self.device)]
         state = first if self.pooler is None else torch.tanh(self.pooler(first))
         return torch.cat((state, state.new_ones(len(state), 1)), dim=1)
 

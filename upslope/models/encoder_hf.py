@@ -1,4 +1,8 @@
-"""Encoders in and out of Hugging Face layout: BERT, with or without a pooler, masked head and label head, strictly."""
+"""Encoders in and out of Hugging Face layout: BERT, with or without a pooler, masked head and label head, strictly.
+
+A sentence encoder's folder says in 1_Pooling/config.json that a text is the mean of its states; it has no pooler
+here, and transformers has no class that makes labels of the mean: its BertModel reads the rest.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,11 @@ ACTIVATIONS = {**COMMON, "relu": "relu"}
 IGNORED = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # buffers and copies
 PAIRED = ("cls.seq_relationship.weight", "cls.seq_relationship.bias")  # next-sentence prediction: not used here
 CLASSIFIER = "classifier.weight"
+POOLING, MEAN, FIRST = "1_Pooling/config.json", "pooling_mode_mean_tokens", "pooling_mode_cls_token"
+MODULES = [  # as sentence-transformers writes them
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
 
 
 def load_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Encoder:
@@ -32,8 +41,11 @@ def load_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Encoder
     bare = not any(name.startswith("bert.") for name in weights)  # stored without a head
     if bare:
         weights = {f"bert.{name}": w for name, w in weights.items()}
+    pooling = _pooling(folder)
+    if pooling is not None:
+        weights = {name: w for name, w in weights.items() if not name.startswith("bert.pooler.")}
     with reading(folder / "config.json"):
-        config = _config(raw, weights, folder)
+        config = _config(raw, weights, pooling == MEAN, folder)
         check_sizes(config.stack, folder)
         check_sizes(config, folder)
         with torch.device("meta"):
@@ -67,10 +79,30 @@ def save_encoder(model: Encoder, folder: Path) -> None:
     }
     if c.labels:
         raw |= {"id2label": dict(enumerate(c.labels)), "label2id": {name: n for n, name in enumerate(c.labels)}}
+    if c.mean:
+        raw["architectures"] = ["BertModel"]
+        (folder / POOLING).parent.mkdir(exist_ok=True)
+        pooling = {"word_embedding_dimension": c.stack.width, MEAN: True}
+        (folder / POOLING).write_text(json.dumps(pooling, indent=2) + "\n", encoding="utf-8")
+        (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], folder: Path) -> EncoderConfig:
+def _pooling(folder: Path) -> str | None:
+    """How a sentence encoder's folder says that texts are pooled; None for others. Raises ModelError for other ways."""
+    path = folder / POOLING
+    if not path.is_file():
+        return None
+    with reading(path):
+        modes = json.loads(path.read_text(encoding="utf-8"))
+        found = [name for name, value in modes.items() if name.startswith("pooling_mode_") and value is True]
+    if found not in ([MEAN], [FIRST]):
+        said = ", ".join(found) or "no pooling"
+        raise ModelError(f"{path} asks for {said:.80}, which is not known", f"use one of {MEAN} or {FIRST}")
+    return found[0]
+
+
+def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], mean: bool, folder: Path) -> EncoderConfig:
     for key in ("is_decoder", "add_cross_attention"):
         if raw.get(key):
             raise ModelError(f"{folder}: {key} is set, which an encoder is not", "use another model")
@@ -107,6 +139,7 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], folder: Path) ->
         stack=stack,
         types=raw.get("type_vocab_size", 2),
         pooler="bert.pooler.dense.weight" in weights,
+        mean=mean,
         masked_head="cls.predictions.bias" in weights,
         labels=labels,
         pad_id=raw.get("pad_token_id") or 0,

@@ -17,6 +17,22 @@ ROWS = {
         for n in range(12)
         for w in WORDS
     ],
+    "sentiment-classification": SNIPPETS,
+    "topic-classification": [
+        {"text": f"{topic} rose {n} points, said {WORDS[n % 10]}", "topic": topic, "source": f"{topic} {n % 30}"}
+        for n in range(60)
+        for topic in ("crude", "grain", "gold")
+    ],
+    "spam-classification": [
+        {"text": f"{says} {WORDS[n % 10]}, number {n}", "label": label, "thread": f"{label} {n}"}
+        for n in range(60)
+        for label, says in (("ham", "the meeting is about the"), ("spam", "buy now and win a"))
+    ],
+    "retrieval": [
+        {"sentence": f"the {w} of {n}", "word": f"{w}{n}", "passages": [f"{w} there", "no", f"a {n}"], "right": n % 2}
+        for n in range(8)
+        for w in WORDS
+    ],
     "word-qa": [
         {"definition": f"what is called {w} in place {n}", "word": f"{w}{n}", "words": [w, f"{w}s"]}
         for n in range(12)
@@ -29,7 +45,6 @@ SMOKE = (
     "data.max_tokens=120",
     "rl.steps=2",
     "rl.prompts=4",
-    "rl.max_tokens=8",
     "rl.freeze_layers=0",
     "eval.prompts=6",
     "eval.watched=4",
@@ -44,17 +59,22 @@ def test_each_recipe_has_rows_to_be_tried_with():
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
     recipe = load_recipe(name)
-    kind = "decoder" if isinstance(recipe.model, str) else recipe.model.kind
+    chooses = bool(recipe.data.classes or recipe.data.passages)
+    kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
     over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
+    over += [f"rl.max_tokens={1 if chooses else 8}"]
     for stage in recipe.stages:
         over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
         over += [f"{stage}.freeze_layers=0"]
+    if chooses and recipe.data.keep.get("topic"):
+        over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
     folder = upslope.train(name, *over, rows=ROWS[name], out=tmp_path / "run", plain=True)
     events = read_events(folder / "events.jsonl")
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     names = [row[0] for row in table["rows"]]
-    assert [f"task: {metric}" for metric in recipe.task.metrics] == [n for n in names if n.startswith("task: ")]
+    measured = [*recipe.task.metrics, *(["mrr"] if recipe.data.passages else [])]
+    assert [f"task: {metric}" for metric in measured] == [n for n in names if n.startswith("task: ")]
     assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
     assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]

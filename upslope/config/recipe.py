@@ -121,6 +121,10 @@ class Recipe(Table):
         asked += [("expert.reward", source, True) for source in self.expert_rewards]
         asked += [("task.metrics", source, False) for source in self.task.metrics]
         for where, source, reward in asked:
+            if source == "weighted_accuracy" and self.task.weights is None:
+                raise ValueError(
+                    f'{where} is weighted_accuracy, which has no weights: set task.weights = "balanced", or to a table'
+                )
             check_source(source, where, reward=reward, reference=self.task.reference is not None)
         for judge in self.eval.judges:
             check_source(judge, "eval.judges", reward=True, reference=self.task.reference is not None)
@@ -155,6 +159,14 @@ class Recipe(Table):
                 raise ValueError(
                     f"{name}.max_tokens = {stage.max_tokens}, but a label of data.classes is one: set it to 1"
                 )
+            if self.data.passages and stage and stage.max_tokens != 1:
+                raise ValueError(
+                    f"{name}.max_tokens = {stage.max_tokens}, but the number of a passage is one: set it to 1"
+                )
+        if self.task.baseline in ("random", "overlap") and not self.data.passages:
+            raise ValueError(f"task.baseline = {self.task.baseline} chooses a passage: set data.passages")
+        if self.data.passages and self.sft and not self.data.completion:
+            raise ValueError("[sft] has no passage to learn: set data.completion or task.reference to its number")
         return self
 
     @model_validator(mode="after")

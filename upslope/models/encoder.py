@@ -6,6 +6,10 @@
 The mean is what sentence encoders are trained with (Reimers and Gurevych 2019, "Sentence-BERT", arXiv 1908.10084):
 their folders say so, and the pooler that some of them still hold is not read.
 
+Where it chooses among passages, the source is a text and its passages, each ended by the separator:
+
+    logit_k = exp(s) cos(pooled(text), pooled(passage k))      each read by itself, s learned
+
 A prompt is a sequence without a parent; the state that chooses its label is given at its last token, and the label is
 its child's one token. The hidden states of other places are 0 and nothing reads them.
 Devlin et al. 2019, "BERT" (arXiv 1810.04805).
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from upslope.errors import ModelError
 from upslope.models.cross import Whole, attend_biased
 from upslope.models.decoder import Linear, Norm
+from upslope.models.passages import SHARP, compared, split_sources, weight_of
 from upslope.models.stack import ACTIVATIONS, Stack, StackConfig
 from upslope.models.trunk import Trunk, draw_normal
 from upslope.ragged import Ragged
@@ -31,7 +36,7 @@ from upslope.ragged import Ragged
 @dataclass(frozen=True)
 class EncoderConfig:
     """The shape of an encoder. tokens: of its vocabulary; mean: pooled is the mean of the states; labels: the names of
-    what it chooses from, none at first."""
+    what it chooses from, none at first; separator: where these are numbers of passages, what ends each of them."""
 
     tokens: int
     stack: StackConfig
@@ -41,6 +46,7 @@ class EncoderConfig:
     masked_head: bool = True
     labels: tuple[str, ...] = ()
     pad_id: int = 0
+    separator: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -49,12 +55,13 @@ class EncoderConfig:
 
     @property
     def width(self) -> int:
-        """Of the pooled state, and a column of ones for the bias of the labels."""
-        return self.stack.width + 1
+        """Of the pooled state, and a column of ones for the bias of the labels; or of what chooses a passage."""
+        return self.stack.width + (1 if self.separator is None else 2 * len(self.labels))
 
     @property
     def context(self) -> int:
-        return self.stack.context
+        """How long a source may be: where passages are read by themselves, this many times the longest of them."""
+        return self.stack.context * (1 if self.separator is None else len(self.labels) + 1)
 
 
 class MaskedHead(nn.Module):
@@ -89,7 +96,9 @@ class Encoder(Trunk):
         self.stack = Stack(config.stack)
         self.pooler = Linear(width, width) if config.pooler else None
         self.masked = MaskedHead(config) if config.masked_head else None
-        self.label_head = nn.Linear(width, len(config.labels)) if config.labels else None
+        chooses = bool(config.labels) and config.separator is None
+        self.label_head = nn.Linear(width, len(config.labels)) if chooses else None
+        self.sharpness = None if config.separator is None else nn.Parameter(torch.tensor([SHARP]))
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
@@ -101,14 +110,32 @@ class Encoder(Trunk):
 
     @property
     def output_weight(self) -> Tensor:
-        """weight_LD of the labels, their bias the last column. Raises ModelError where there are none."""
+        """weight_LD of the labels, their bias the last column; of passages see passages.py. Raises ModelError where
+        there are none."""
+        if self.sharpness is not None:
+            return weight_of(len(self.labels), self.config.stack.width).to(self.sharpness)
         if self.label_head is None:
             raise ModelError("an encoder without labels chooses nothing and writes no text", "set data.classes")
         return torch.cat((self.label_head.weight, self.label_head.bias[:, None]), dim=1)
 
-    def take_labels(self, labels: tuple[str, ...]) -> None:
-        """Choose among these from now on: a new head finds all alike. Raises ModelError where there are others."""
-        if self.config.labels == labels:
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Logits of passages are made before the projection, which only passes them on: in fp32, as they are."""
+        return self.compute_dtype if self.sharpness is None else torch.float32
+
+    def take_labels(self, labels: tuple[str, ...], separator: int | None = None) -> None:
+        """Choose among these from now on: a new head finds all alike, passages are first compared as they are read.
+
+        Raises ModelError where there are other labels.
+        """
+        if separator is not None and (not self.config.labels or self.config.separator == separator):
+            self.config = replace(self.config, labels=labels, separator=separator)  # no weight is one passage's own
+            if self.masked is not None:
+                self.masked.requires_grad_(False)  # nothing reads it
+            if self.sharpness is None:
+                self.sharpness = nn.Parameter(torch.tensor([SHARP]).to(self.embed.weight))
+            return
+        if self.config.labels == labels and self.config.separator == separator:
             return
         if self.config.labels:
             shown = ", ".join(sorted(set(self.config.labels) ^ set(labels))[:5])
@@ -142,7 +169,19 @@ class Encoder(Trunk):
         return pooled.new_zeros(batch.tokens, pooled.shape[1]).index_copy(0, ends, pooled)
 
     def pooled(self, sources: Ragged) -> Tensor:
-        """(B, D + 1): the pooled state of each sequence, and a 1."""
+        """(B, D + 1): the pooled state of each sequence, and a 1; or, of sources with passages, what chooses one."""
+        if self.sharpness is not None:
+            return self._compared(sources)
+        return self._pooled(sources)
+
+    def _compared(self, sources: Ragged) -> Tensor:
+        """(B, 2 K + D) in fp32: what passages.compared makes of each source's text and passages."""
+        assert self.sharpness is not None and self.config.separator is not None
+        parts, counts = split_sources(sources, self.config.separator, len(self.labels))
+        pooled_MD = self._pooled(parts.to(self.device))[:, :-1].float()
+        return compared(pooled_MD, counts, len(self.labels), self.sharpness.float())
+
+    def _pooled(self, sources: Ragged) -> Tensor:
         states = self.states(sources)
         if self.config.mean:
             row_N = torch.arange(len(sources)).repeat_interleave(torch.tensor(sources.lengths)).to(states.device)
@@ -159,8 +198,8 @@ class Encoder(Trunk):
         for b, length in enumerate(batch.lengths):
             if not length:
                 raise ModelError(f"source {b} of the batch is empty", "an encoder needs a token to look at: remove it")
-            if length > self.config.context:
-                limit = self.config.context
+            if length > self.config.stack.context:
+                limit = self.config.stack.context
                 raise ModelError(f"a source of {length} tokens exceeds the model's context of {limit}", "shorten it")
         row_N = torch.arange(len(batch)).repeat_interleave(torch.tensor(batch.lengths))
         whole = Whole(row_N, row_N, len(batch), self.device)

@@ -77,7 +77,9 @@ def save_encoder(model: Encoder, folder: Path) -> None:
         "pad_token_id": c.pad_id,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-    if c.labels:
+    if c.separator is not None:
+        raw |= {"architectures": ["BertModel"], "upslope_passages": len(c.labels), "upslope_separator": c.separator}
+    elif c.labels:
         raw |= {"id2label": dict(enumerate(c.labels)), "label2id": {name: n for n, name in enumerate(c.labels)}}
     if c.mean:
         raw["architectures"] = ["BertModel"]
@@ -117,6 +119,8 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], mean: bool, fold
     if CLASSIFIER in weights:
         named = raw.get("id2label") or {}
         labels = tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(len(weights[CLASSIFIER])))
+    if raw.get("upslope_separator") is not None:
+        labels = tuple(str(n) for n in range(int(raw["upslope_passages"])))
     stack = StackConfig(
         width=raw["hidden_size"],
         layers=raw["num_hidden_layers"],
@@ -143,6 +147,7 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], mean: bool, fold
         masked_head="cls.predictions.bias" in weights,
         labels=labels,
         pad_id=raw.get("pad_token_id") or 0,
+        separator=raw.get("upslope_separator"),
     )
 
 
@@ -173,6 +178,7 @@ def _names(c: EncoderConfig) -> dict[str, str]:
     """Every weight's name: ours -> theirs."""
     table = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in AROUND.items() for part in BOTH}
     table["masked.bias"] = "cls.predictions.bias"
+    table["sharpness"] = "upslope.sharpness"
     for i in range(c.stack.layers):
         for ours, theirs in BLOCK.items():
             table |= {f"stack.blocks.{i}.{ours}.{part}": f"bert.encoder.layer.{i}.{theirs}.{part}" for part in BOTH}

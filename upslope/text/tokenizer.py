@@ -29,6 +29,7 @@ class Tokenizer:
     """
 
     labels: tuple[str, ...] = ()  # see labels.py
+    separator: int | None = None  # see passages.py
 
     def __init__(self, inner: Any, source: str, *, for_sources: bool = False) -> None:
         eos = inner.sep_token_id if inner.eos_token_id is None and for_sources else inner.eos_token_id

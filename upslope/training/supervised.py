@@ -26,6 +26,7 @@ from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
 from upslope.training.export import export_policy
 from upslope.training.masked import HELD_OUT, Masked, hide, masked_logprobs
+from upslope.training.ranking import logits_of, reciprocal_ranks
 from upslope.training.run import Run, peak_memory_gb
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
@@ -134,27 +135,27 @@ def evaluate(
     loss = total / count
     metrics = {"valid/loss": loss, "valid/perplexity": math.exp(min(loss, 50.0))}
     if model.labels and not isinstance(examples[0], Masked):
-        metrics |= choices(model, examples, micro_tokens)
+        metrics |= choices(model, examples, micro_tokens, run.recipe.data.passages is not None)
     run.record("eval", stage=stage, step=step, metrics=metrics)
     return metrics
 
 
 @torch.no_grad()
-def choices(model: Trunk, examples: Sequence[Example], micro_tokens: int) -> dict[str, float]:
-    """Of a classifier's likeliest labels: the share that is right, and the mean over labels of F1.
+def choices(model: Trunk, examples: Sequence[Example], micro_tokens: int, passages: bool = False) -> dict[str, float]:
+    """Of a classifier's likeliest labels: the share that is right, and the mean over labels of F1; of passages, whose
+    numbers mean nothing, the mean reciprocal rank of the right one instead.
 
     F1 = 2 TP / (2 TP + FP + FN); a label that neither stands in the examples nor is chosen has no part in the mean.
     """
     labels = len(model.labels)
+    logits_BK = logits_of(model, [e.ids[:-1] for e in examples], 2 * micro_tokens)
+    true_B = [e.ids[-1] for e in examples]
     count = np.zeros((labels, labels))  # right label x chosen label
-    for part in micro_batches([len(e.ids) for e in examples], 2 * micro_tokens):
-        texts = [examples[i].ids for i in part]
-        batch, place_N = lay_out_texts(texts, [len(ids) - 1 for ids in texts], model.needs_source)
-        last = place_N[torch.tensor([len(ids) for ids in texts]).cumsum(0) - 1]
-        hidden_BD = model.hidden(batch.to(model.device))[batch.previous[last].to(model.device)]
-        chosen = (hidden_BD @ model.output_weight.to(hidden_BD.dtype).t()).argmax(1)
-        np.add.at(count, (np.array([ids[-1] for ids in texts]), chosen.cpu().numpy()), 1)
+    np.add.at(count, (np.array(true_B), logits_BK.argmax(1)), 1)
     right, there, found = count.diagonal(), count.sum(1), count.sum(0)
     seen = there + found > 0
     f1 = 2 * right[seen] / (there + found)[seen]
-    return {"valid/accuracy": float(right.sum() / count.sum()), "valid/macro_f1": float(f1.mean())}
+    accuracy = {"valid/accuracy": float(right.sum() / count.sum())}
+    if passages:
+        return accuracy | {"valid/mrr": float(reciprocal_ranks(logits_BK, true_B).mean())}
+    return accuracy | {"valid/macro_f1": float(f1.mean())}

@@ -148,9 +148,9 @@ def attend(
     out = torch.empty(slots, heads * width, dtype=qkv.dtype, device=qkv.device)
     cos, sin = rope or (None, None)
     places = 1 if cos is None else len(cos)
-    sizes = (heads, kv_heads, width, capacity, window, width**-0.5)
+    sizes = (heads, kv_heads, width, capacity, width**-0.5)
     group = max(16, next_power_of_2(heads // kv_heads))  # the least that a product of matrices takes
-    options = (rope is not None, group, max(16, next_power_of_2(width)), KEYS)
+    options = (window, rope is not None, group, max(16, next_power_of_2(width)), KEYS)
     _run(decode_kernels.attend, (slots, kv_heads), qkv, cos, sin, places, keys, values, length, out, *sizes, *options)
     return out
 

@@ -10,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def attend(
-    qkv, cos, sin, places, keys, values, length, out, heads, kv_heads, width, capacity, window, scale,
-    ROPE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    qkv, cos, sin, places, keys, values, length, out, heads, kv_heads, width, capacity, scale,
+    WINDOW: tl.constexpr, ROPE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     slot, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.load(length + slot)
@@ -40,7 +40,7 @@ def attend(
     top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
     total = tl.full((G,), 1.0, dtype=tl.float32)
     mixed = tl.zeros((G, D), dtype=tl.float32) + v.to(tl.float32)
-    first = tl.maximum(0, n + 1 - window) if window > 0 else n * 0
+    first = tl.maximum(0, n + 1 - WINDOW) if WINDOW > 0 else n * 0
     for start in range(first // K * K, n, K):
         t = start + tl.arange(0, K)
         seen = (t >= first) & (t < n)

@@ -26,13 +26,13 @@ def add_norm(x, y, weight, out, scale, width, eps, ADDS: tl.constexpr, KEEPS: tl
 
 
 @triton.jit
-def norm_backward(x, grad, weight, scale, out, parts, rows, width, STEP: tl.constexpr, W: tl.constexpr):
+def norm_backward(x, grad, weight, scale, out, parts, rows, width, step, W: tl.constexpr):
     first = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, W)
     real = at < width
     by = tl.load(weight + at, mask=real, other=0.0)
     total = tl.zeros((W,), dtype=tl.float32)
-    for row in range(first, rows, STEP):
+    for row in range(first, rows, step):
         root = tl.load(scale + row)
         pull = tl.load(grad + row * width + at, mask=real, other=0.0).to(tl.float32)
         normal = tl.load(x + row * width + at, mask=real, other=0.0).to(tl.float32) * root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -35,6 +36,13 @@ class Job:
     @property
     def device(self) -> torch.device:
         return torch.device(self.device_name)
+
+    def begin(self) -> None:
+        """Forget what earlier programs of this process held of a GPU's memory."""
+        if self.device_name == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def line(self, value: float, unit: str, *, memory_gb: float | None = None, **details: Any) -> dict[str, Any]:
         """The record of this measurement; memory_gb: of the process that did the work, where it was not this one."""

@@ -48,7 +48,7 @@ def gradients(model, texts):
     model.zero_grad()
     loss = -example_logprobs(model, [Example(t, [True] * len(t), i) for i, t in enumerate(texts)]).sum()
     loss.backward()
-    return float(loss), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
+    return float(loss.detach()), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
 
 
 def apart(found, wanted):

@@ -94,7 +94,7 @@ def test_second_derivatives_of_the_compiled_way(monkeypatch: pytest.MonkeyPatch)
     compiled = curvature()
     monkeypatch.setattr(cpu, "available", lambda: False)
     for ours, theirs in zip(compiled, curvature(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()  # single numbers are small differences of large ones
 
 
 @pytest.mark.parametrize("window", [None, 200])

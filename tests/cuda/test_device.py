@@ -6,12 +6,14 @@ import torch
 import upslope
 from tests.conftest import make_recipe, tiny_decoder
 from tests.engine.test_engine import EOS, PROMPTS, naive
+from tests.models.kinds import NAMES, tiny
 from tests.training.test_pipeline import outcome, same
 from upslope.algo import gae, token_logprobs
 from upslope.config import Optim
 from upslope.engine import Engine, Request, Sampling
 from upslope.errors import Interrupted
 from upslope.models.heads import ActorCritic
+from upslope.models.open import make_runner
 from upslope.models.runner import DecoderRunner
 from upslope.ragged import Ragged
 from upslope.text.examples import Example
@@ -147,6 +149,33 @@ def test_log_probabilities_and_their_gradients_are_those_of_float64(device):
     exact = all_of(torch.float64, "cpu", 300)
     for chunk in (None, 64):
         assert apart(all_of(torch.float32, device, chunk), exact) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_says_and_writes_what_it_does_on_a_cpu(device, name):
+    """log-probabilities and gradients behind shared prompts, and what its runner samples."""
+    found = {}
+    for where in ("cpu", device):
+        model = tiny(name).to(where)
+        logp_A = pair_scores(model, Ragged.of([[7, 8, 9], [1, 2], [4, 5, 6], [5, 3]], [-1, 0, 0, -1]).to(where))
+        logp_A.sum().backward()
+        runner = make_runner(model, dtype=torch.float32)
+        engine = Engine(runner, eos_id=(), slots=2, seed=5)
+        engine.load(model, version=1)
+        asked = [Request(p, key=k, samples=2, sampling=Sampling(max_tokens=5)) for k, p in enumerate(PROMPTS[:3])]
+        written = [c.ids for c in engine.generate(asked, step=0)]
+        grads = {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
+        found[str(where)] = logp_A.detach().cpu(), grads, written
+    wanted, seen = found["cpu"], found[str(device)]
+    torch.testing.assert_close(seen[0], wanted[0], atol=1e-4, rtol=1e-4)
+    assert apart(seen[1], wanted[1]) < 1e-3 and seen[2] == wanted[2]
+
+
+def pair_scores(model, batch):
+    children = [b for b, p in enumerate(batch.parent) if p >= 0]
+    place_A = torch.cat([torch.arange(batch.starts[b], batch.starts[b + 1]) for b in children])
+    state_A = batch.previous[place_A].to(model.device)
+    return token_logprobs(model.hidden(batch)[state_A], model.output_weight, batch.ids_N[place_A.to(model.device)])[0]
 
 
 def test_scores_of_actions_with_a_critic(device):

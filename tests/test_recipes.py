@@ -1,5 +1,7 @@
 """Every shipped recipe, whole, at smoke size: a tiny model from scratch on a few rows of the same columns."""
 
+import json
+
 import pytest
 
 import upslope
@@ -10,6 +12,16 @@ from upslope.observe.events import read_events
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
 SNIPPETS = [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()]
 ROWS = {
+    "arithmetic": [
+        {
+            "question": f"{a} + {b} =",
+            "answer": str(a + b),
+            "dataset": "chain_sum",
+            "entry": json.dumps({"answer": str(a + b)}),
+        }
+        for a in range(12)
+        for b in range(10)
+    ],
     "sentiment-ppo": SNIPPETS,
     "lstm-ppo": SNIPPETS,
     "spelling-correction": [
@@ -59,6 +71,8 @@ def test_each_recipe_has_rows_to_be_tried_with():
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
     recipe = load_recipe(name)
+    if "verifier" in recipe.task.metrics:
+        pytest.importorskip("reasoning_gym")
     chooses = bool(recipe.data.classes or recipe.data.passages)
     kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
     over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]

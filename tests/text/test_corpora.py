@@ -5,7 +5,7 @@ import json
 import pytest
 
 from upslope.errors import DataError
-from upslope.text import corpora, labelled
+from upslope.text import corpora, labelled, wordnet
 from upslope.text.rows import load_rows
 
 FILES = {
@@ -39,6 +39,7 @@ def packages(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(corpora, "resolve", resolve)
+    monkeypatch.setattr(wordnet, "resolve", resolve)
 
 
 def test_spelling_puts_one_real_misspelling_into_each_sentence():
@@ -66,6 +67,22 @@ def test_translations_are_whole_sentences_one_to_one():
         {"german": "Die Katze auch nicht.", "english": "Nor does the cat."},
         {"german": "Wie geht es?", "english": "How are things?"},
     ]
+
+
+def test_senses_are_sentences_and_six_definitions_the_words_own_meanings_among_them(monkeypatch):
+    nouns = [f"{n:08d} 05 n 01 thing{'abcdefgh'[n]} 0 000 | definition {n}  \n" for n in range(8)]
+    nouns += [
+        '00000010 05 n 02 bank 0 shore 0 000 | land beside water; "they sat on the bank"; "a bank"  \n',
+        "00000011 05 n 01 bank 0 000 | a house of money  \n",
+        '00000012 05 n 01 cat 0 000 | a feline; "the cat sat there"  \n',  # of one meaning
+    ]
+    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.noun", "  1 This software\n" + "".join(nouns))
+    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.verb", "00000001 30 v 01 bank 0 000 | lean to a side  \n")
+    (row,) = corpora.corpus("senses")
+    assert (row["sentence"], row["word"]) == ("they sat on the bank", "bank")
+    assert len(set(row["passages"])) == 6 and row["passages"][row["right"]] == "land beside water"
+    assert {"a house of money", "lean to a side"} < set(row["passages"])
+    assert [row] == corpora.corpus("senses")
 
 
 def message(folder, name, header, body):

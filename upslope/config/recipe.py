@@ -99,6 +99,10 @@ class Recipe(Table):
         stage = self.rl or self.expert
         return self.eval.max_tokens or (stage.max_tokens if stage else min(64, max(1, self.data.max_tokens // 2)))
 
+    @property
+    def _may_be_encoder(self) -> bool:
+        return isinstance(self.model, str) or self.model.kind == "encoder"
+
     @model_validator(mode="before")
     @classmethod
     def _task_names_columns(cls, raw: Any) -> Any:
@@ -163,6 +167,8 @@ class Recipe(Table):
                 raise ValueError(
                     f"{name}.max_tokens = {stage.max_tokens}, but the number of a passage is one: set it to 1"
                 )
+        if self.data.next and (self.pretrain is None or not self._may_be_encoder):
+            raise ValueError("data.next belongs to the stage pretrain of an encoder: add [pretrain], or remove it")
         if self.task.baseline in ("random", "overlap") and not self.data.passages:
             raise ValueError(f"task.baseline = {self.task.baseline} chooses a passage: set data.passages")
         if self.data.passages and self.sft and not self.data.completion:

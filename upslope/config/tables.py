@@ -79,6 +79,7 @@ class Data(Table):
     rejected: str | None = None
     classes: str | None = None  # column of labels, which an encoder chooses from for `prompt` or `text`
     passages: str | None = None  # column of lists of texts: an encoder chooses one for `prompt`, by number
+    next: bool = False  # pretrain of an encoder: learn too whether one half of a text follows the other
     margin: str | None = None  # column of numbers: by how much the chosen side of a pair is better
     prompt_words: Positive | tuple[Positive, Positive] | None = None  # prompts: this many first words of `text`
     label: str | None = None  # pairs from labels: `prefer` stands above the others of its group

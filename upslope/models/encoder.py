@@ -35,8 +35,12 @@ from upslope.ragged import Ragged
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of an encoder. tokens: of its vocabulary; mean: pooled is the mean of the states; labels: the names of
-    what it chooses from, none at first; separator: where these are numbers of passages, what ends each of them."""
+    """The shape of an encoder.
+
+    tokens: of its vocabulary; mean: pooled is the mean of the states; paired: it tells whether a text follows another;
+    labels: the names of what it chooses from, none at first; separator: where these are the numbers of passages, what
+    ends each of them.
+    """
 
     tokens: int
     stack: StackConfig
@@ -44,6 +48,7 @@ class EncoderConfig:
     pooler: bool = True
     mean: bool = False
     masked_head: bool = True
+    paired: bool = False
     labels: tuple[str, ...] = ()
     pad_id: int = 0
     separator: int | None = None
@@ -96,6 +101,7 @@ class Encoder(Trunk):
         self.stack = Stack(config.stack)
         self.pooler = Linear(width, width) if config.pooler else None
         self.masked = MaskedHead(config) if config.masked_head else None
+        self.pair = nn.Linear(width, 2) if config.paired else None
         chooses = bool(config.labels) and config.separator is None
         self.label_head = nn.Linear(width, len(config.labels)) if chooses else None
         self.sharpness = None if config.separator is None else nn.Parameter(torch.tensor([SHARP]))
@@ -128,10 +134,11 @@ class Encoder(Trunk):
 
         Raises ModelError where there are other labels.
         """
+        for idle in (self.masked, self.pair):
+            if idle is not None:
+                idle.requires_grad_(False)  # nothing reads it
         if separator is not None and (not self.config.labels or self.config.separator == separator):
             self.config = replace(self.config, labels=labels, separator=separator)  # no weight is one passage's own
-            if self.masked is not None:
-                self.masked.requires_grad_(False)  # nothing reads it
             if self.sharpness is None:
                 self.sharpness = nn.Parameter(torch.tensor([SHARP]).to(self.embed.weight))
             return
@@ -145,8 +152,6 @@ class Encoder(Trunk):
                 "use the data it was trained with, or start from the encoder itself",
             )
         self.config = replace(self.config, labels=labels)
-        if self.masked is not None:
-            self.masked.requires_grad_(False)  # nothing reads it
         self.label_head = nn.Linear(self.config.stack.width, len(labels)).to(self.embed.weight)
         with torch.no_grad():
             self.label_head.weight.zero_()
@@ -182,7 +187,10 @@ class Encoder(Trunk):
         return compared(pooled_MD, counts, len(self.labels), self.sharpness.float())
 
     def _pooled(self, sources: Ragged) -> Tensor:
-        states = self.states(sources)
+        return self.pool(self.states(sources), sources)
+
+    def pool(self, states: Tensor, sources: Ragged) -> Tensor:
+        """(B, D + 1): the pooled state of each sequence from the states of its tokens, and a 1."""
         if self.config.mean:
             row_N = torch.arange(len(sources)).repeat_interleave(torch.tensor(sources.lengths)).to(states.device)
             sums = states.new_zeros(len(sources), states.shape[1], dtype=torch.float32)
@@ -211,13 +219,27 @@ class Encoder(Trunk):
             x = block(x, mix)
         return self.stack.leave(x)
 
-    def read_masks(self) -> None:
-        """Learn masked tokens from now on: nothing reads the pooler. Raises ModelError for one without their head."""
+    def read_masks(self, paired: bool = False) -> None:
+        """Learn masked tokens from now on and, where paired, whether a second text follows the first.
+
+        For pairs a new head finds both alike; without them nothing reads the pooler. Raises ModelError for an encoder
+        without the head of masked tokens, and for pairs where it cannot tell two texts apart.
+        """
         if self.masked is None:
             raise ModelError("this encoder has no head for masked tokens", "start from one that has, or from scratch")
+        if paired and self.config.types < 2:
+            raise ModelError("this encoder has one type of text, pairs need two", "use another, or data.next = false")
         self.masked.requires_grad_(True)
         if self.pooler is not None:
-            self.pooler.requires_grad_(False)
+            self.pooler.requires_grad_(paired)
+        if paired and self.pair is None:
+            self.config = replace(self.config, paired=True)
+            self.pair = nn.Linear(self.config.stack.width, 2).to(self.embed.weight)
+            with torch.no_grad():
+                self.pair.weight.zero_()
+                self.pair.bias.zero_()
+        if self.pair is not None:
+            self.pair.requires_grad_(paired)
 
     def masked_states(self, states_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden_N(D + 1), weight_V(D + 1)) of what stands at these places, the bias as the last column."""
@@ -226,6 +248,15 @@ class Encoder(Trunk):
         hidden = self.masked(states_ND)
         weight = torch.cat((self.embed.weight, self.masked.bias[:, None]), dim=1)
         return torch.cat((hidden, hidden.new_ones(len(hidden), 1)), dim=1), weight
+
+    def follows(self, states_ND: Tensor, pairs: Ragged) -> Tensor:
+        """logit_B2 of pairs of texts from their states: that the second follows the first, that it does not (BERT's
+        order). Raises ModelError without the head."""
+        if self.pair is None:
+            raise ModelError("this encoder has no head for pairs of texts", "set data.next for its stage pretrain")
+        pooled_BD = self.pool(states_ND, pairs)[:, :-1]
+        logit_B2: Tensor = pooled_BD.float() @ self.pair.weight.float().t() + self.pair.bias.float()
+        return logit_B2
 
     def lowest(self, layers: int) -> list[nn.Parameter]:
         """The parameters of the embeddings and of the lowest blocks."""

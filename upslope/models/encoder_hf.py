@@ -25,7 +25,7 @@ from upslope.models.weights import fill, read_weights
 MODEL_TYPES = ("bert",)
 ACTIVATIONS = {**COMMON, "relu": "relu"}
 IGNORED = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # buffers and copies
-PAIRED = ("cls.seq_relationship.weight", "cls.seq_relationship.bias")  # next-sentence prediction: not used here
+PAIRED = "cls.seq_relationship.weight"
 CLASSIFIER = "classifier.weight"
 POOLING, MEAN, FIRST = "1_Pooling/config.json", "pooling_mode_mean_tokens", "pooling_mode_cls_token"
 MODULES = [  # as sentence-transformers writes them
@@ -37,7 +37,7 @@ MODULES = [  # as sentence-transformers writes them
 def load_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Encoder:
     """A BERT from its folder. Raises ModelError."""
     raw = read_config(folder)
-    weights = {name: w for name, w in read_weights(folder) if not name.endswith(IGNORED) and name not in PAIRED}
+    weights = {name: w for name, w in read_weights(folder) if not name.endswith(IGNORED)}
     bare = not any(name.startswith("bert.") for name in weights)  # stored without a head
     if bare:
         weights = {f"bert.{name}": w for name, w in weights.items()}
@@ -63,7 +63,7 @@ def save_encoder(model: Encoder, folder: Path) -> None:
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     back = {"gelu_tanh": "gelu_new"}
     raw: dict[str, Any] = {
-        "architectures": ["BertForSequenceClassification" if c.labels else "BertForMaskedLM"],
+        "architectures": ["BertForMaskedLM"],
         "model_type": "bert",
         "vocab_size": c.tokens,
         "hidden_size": c.stack.width,
@@ -77,9 +77,12 @@ def save_encoder(model: Encoder, folder: Path) -> None:
         "pad_token_id": c.pad_id,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+    if c.paired:
+        raw["architectures"] = ["BertForPreTraining"]
     if c.separator is not None:
         raw |= {"architectures": ["BertModel"], "upslope_passages": len(c.labels), "upslope_separator": c.separator}
     elif c.labels:
+        raw["architectures"] = ["BertForSequenceClassification"]
         raw |= {"id2label": dict(enumerate(c.labels)), "label2id": {name: n for n, name in enumerate(c.labels)}}
     if c.mean:
         raw["architectures"] = ["BertModel"]
@@ -145,6 +148,7 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], mean: bool, fold
         pooler="bert.pooler.dense.weight" in weights,
         mean=mean,
         masked_head="cls.predictions.bias" in weights,
+        paired=PAIRED in weights,
         labels=labels,
         pad_id=raw.get("pad_token_id") or 0,
         separator=raw.get("upslope_separator"),
@@ -160,6 +164,7 @@ AROUND = {
     "pooler": "bert.pooler.dense",
     "masked.dense": "cls.predictions.transform.dense",
     "masked.norm": "cls.predictions.transform.LayerNorm",
+    "pair": "cls.seq_relationship",
     "label_head": "classifier",
 }
 BLOCK = {

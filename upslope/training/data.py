@@ -24,7 +24,7 @@ from upslope.text.near import without_near
 from upslope.text.passages import PassageTokenizer, passage_examples, passage_prompts
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.masked import masked_texts
+from upslope.training.masked import masked_texts, text_pairs
 
 Splits = dict[str, Dataset]
 
@@ -151,7 +151,9 @@ def masked_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, 
     text = data.text or data.prompt
     if not text:
         raise DataError(f"[{stage}] has nothing to mask", "set data.text")
-    examples, account = masked_texts(rows, tokenizer, text=text, max_tokens=data.max_tokens)
+    examples, account = (text_pairs if data.next else masked_texts)(
+        rows, tokenizer, text=text, max_tokens=data.max_tokens
+    )
     run.account(f"{side} texts: {account}", stage, account.examples())
     return examples
 

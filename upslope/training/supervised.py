@@ -26,7 +26,7 @@ from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
 from upslope.training.export import export_policy
-from upslope.training.masked import HELD_OUT, Masked, hide, masked_logprobs
+from upslope.training.masked import HELD_OUT, Masked, hide, masked_logprobs, masked_loss, next_metrics
 from upslope.training.ranking import logits_of, reciprocal_ranks
 from upslope.training.run import Run, peak_memory
 from upslope.training.state import RunState, freeze_lowest
@@ -48,16 +48,17 @@ def run_supervised(
     at_end: measures more of the finished model, given the number of steps.
     Raises Interrupted after saving when a stop is asked for.
     """
-    freeze_lowest(model, cfg.freeze_layers)
-    state = RunState(stage, model, make_optimizer(model, cfg.optim))
-    valid = valid[: cfg.eval_examples]
     masks = stage == "pretrain" and model.masks
-    seed = run.recipe.seed
+    seed, paired = run.recipe.seed, run.recipe.data.next
+    valid = valid[: cfg.eval_examples]
     if masks:
         assert isinstance(model, Encoder)
-        model.read_masks()
-        hiding = partial(hide, mask_id=tokenizer.inner.mask_token_id, tokens=model.config.tokens, seed=seed)
+        model.read_masks(paired)
+        words, separator = model.config.tokens, tokenizer.eos_id if paired else None
+        hiding = partial(hide, mask_id=tokenizer.inner.mask_token_id, tokens=words, seed=seed, separator=separator)
         valid = hiding(valid, step=HELD_OUT)
+    freeze_lowest(model, cfg.freeze_layers)
+    state = RunState(stage, model, make_optimizer(model, cfg.optim))
     try:
         if not state.restore(run) or "before" not in state.extra:
             state.extra["before"] = evaluate(run, stage, 0, model, valid, cfg.optim.micro_tokens)
@@ -92,6 +93,9 @@ def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[
     assert isinstance(model, Trunk)
 
     def loss_of(part: list[int]) -> tuple[Tensor, Stats]:
+        masked = [e for i in part if isinstance(e := batch[i], Masked)]
+        if masked and isinstance(model, Encoder):
+            return masked_loss(model, masked, trained, len(batch)), {}
         logp_A = example_logprobs(model, [batch[i] for i in part])
         return -logp_A.sum() / trained, {}
 
@@ -138,6 +142,9 @@ def evaluate(
     metrics = {"valid/loss": loss, "valid/perplexity": math.exp(min(loss, 50.0))}
     if model.labels and not isinstance(examples[0], Masked):
         metrics |= choices(model, examples, micro_tokens, run.recipe.data.passages is not None)
+    masked = [e for e in examples if isinstance(e, Masked)]
+    if masked and masked[0].follows is not None and isinstance(model, Encoder):
+        metrics |= next_metrics(model, masked, micro_batches([len(e.ids) for e in masked], 2 * micro_tokens))
     run.record("eval", stage=stage, step=step, metrics=metrics)
     return metrics
 

@@ -86,13 +86,13 @@ def text_pairs(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: in
             account.drop("without text", i)
         elif halves is None or not all(set(half) - special for half in ids):
             account.drop("of one sentence, which none follows", i, value)
-        elif any(tokenizer.eos_id in half for half in ids):
+        elif any(tokenizer.end_id in half for half in ids):
             account.drop("with the token that ends a text", i, value)
         elif max(map(len, ids)) + 2 > max_tokens // 2:
             account.drop(f"with a half longer than {max_tokens // 2} tokens", i, value)
         else:
             first = tokenizer.encode_prompt(value)[0]
-            whole = [first, *ids[0], tokenizer.eos_id, *ids[1], tokenizer.eos_id]
+            whole = [first, *ids[0], tokenizer.end_id, *ids[1], tokenizer.end_id]
             made.append(Example(whole, [n > 0 and token not in special for n, token in enumerate(whole)], i))
     return made, account.close(len(made))
 

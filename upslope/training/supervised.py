@@ -54,7 +54,7 @@ def run_supervised(
     if masks:
         assert isinstance(model, Encoder)
         model.read_masks(paired)
-        words, separator = model.config.tokens, tokenizer.eos_id if paired else None
+        words, separator = model.config.tokens, tokenizer.end_id if paired else None
         hiding = partial(hide, mask_id=tokenizer.inner.mask_token_id, tokens=words, seed=seed, separator=separator)
         valid = hiding(valid, step=HELD_OUT)
     freeze_lowest(model, cfg.freeze_layers)

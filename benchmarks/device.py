@@ -51,6 +51,8 @@ MAKE = """import sys
 from pathlib import Path
 from benchmarks.models import prepare
 from benchmarks.sizes import SIZES
+from upslope.kernels import cpu
+cpu.available()  # compiles what a run's own arithmetic on the CPU uses
 prepare(Path(sys.argv[1]), SIZES[sys.argv[2]], sys.argv[3:])
 """
 WHEELS = {"venv": "now", "venv-ppo": "ppo"}  # a peer's environment -> the folder of its wheels

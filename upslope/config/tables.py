@@ -158,7 +158,7 @@ class Optim(Table):
     eps: Above0 = 1e-8
     weight_decay: Rate = 0.0
     clip_norm: Above0 = 1.0
-    micro_tokens: Positive = 2048  # tokens computed at once: memory, never the result
+    micro_tokens: Positive = 2048  # tokens computed at once: memory, never the result; unset, more on a GPU
 
 
 class Supervised(Table):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from upslope.config import Recipe, describe
 from upslope.engine import Engine
 from upslope.errors import Interrupted, ModelError, UpslopeError
@@ -16,7 +18,7 @@ from upslope.training.closing import evaluate_run
 from upslope.training.data import make_prompts, masked_examples, preference_pairs, require_room, supervised_examples
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
-from upslope.training.parts import Given, Pipeline
+from upslope.training.parts import Given, Pipeline, with_room
 from upslope.training.preference import run_pairs
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
@@ -56,6 +58,8 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
     run.terminal.note(run.describe_machine())
     for line in describe(recipe):
         run.terminal.note(line)
+    if run.device.type == "cuda":
+        recipe = with_room(recipe, torch.cuda.get_device_properties(run.device).total_memory / 1e9)
     start, tokenizer, splits = begin(run, recipe, run.folder, given.rows)
     pipeline = Pipeline(run, recipe, start, tokenizer, splits, given, run.folder)
     run.plan = plan_work(recipe)

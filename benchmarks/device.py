@@ -39,10 +39,10 @@ PARTS = (
     Part(0, ("bandwidth", "decode", "packed", "gap", "profile"), 90),
     Part(1, ("bandwidth", "decode", "packed", "gap", "profile"), 90),
     Part(2, ("bandwidth", "decode", "packed", "gap"), 90),
-    Part(0, ("grpo",), 75),
-    Part(0, ("ppo",), 75),
-    Part(1, ("grpo",), 90),
-    Part(1, ("ppo",), 90),
+    Part(0, ("grpo",), 90),
+    Part(0, ("ppo",), 100),
+    Part(1, ("grpo",), 100),
+    Part(1, ("ppo",), 120),
     Part(0, ("generate", "logprobs"), 60),
 )
 SAVED = ("grpo", "ppo", "generate", "logprobs")  # tasks that read a model from a folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +78,10 @@ def packed(job: Job) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for budget in job.size.train_micro:
         try:
-            ways = {"step": lambda b=budget: training.step(b), "passes": lambda b=budget: training.passes(b)}  # type: ignore[misc]
+            ways: dict[str, Callable[[], Any]] = {
+                "step": partial(training.step, budget),
+                "passes": partial(training.passes, budget),
+            }
             times = job.in_turn(ways, job.size.rounds)
         except torch.OutOfMemoryError:
             training.model.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Job:
         function()
         return statistics.median(self.seconds(function) for _ in range(rounds))
 
-    def in_turn(self, functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def in_turn(self, functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
         """Times of several functions in alternation, so that a slow minute of the machine meets them all alike."""
         for function in functions.values():
             function()

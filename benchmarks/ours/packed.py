@@ -73,20 +73,25 @@ class Training:
 def packed(job: Job) -> dict[str, Any]:
     """Useful GFLOP/s of whole optimizer steps on ragged texts; in details, each size of micro-batch, and its passes.
 
-    A size that does not fit the memory is left out, and said to be.
+    A size that does not fit the memory is left out, and said to be; where none fits, half of it is tried.
     """
     rate = ceilings(job).flops
     training = Training(job)
     found: dict[str, dict[str, float]] = {}
-    for budget in job.size.train_micro:
+    left, without_room = list(job.size.train_micro), []
+    while left:
+        budget = left.pop(0)
+        ways: dict[str, Callable[[], Any]] = {
+            "step": partial(training.step, budget),
+            "passes": partial(training.passes, budget),
+        }
         try:
-            ways: dict[str, Callable[[], Any]] = {
-                "step": partial(training.step, budget),
-                "passes": partial(training.passes, budget),
-            }
             times = job.in_turn(ways, job.size.rounds)
         except torch.OutOfMemoryError:
             training.model.zero_grad(set_to_none=True)
+            without_room.append(budget)
+            if not left and not found:
+                left.append(min(without_room) // 2)
             continue
         found[str(budget)] = {name: statistics.median(all_times) for name, all_times in times.items()}
     best = min(found, key=lambda budget: found[budget]["step"])
@@ -100,7 +105,7 @@ def packed(job: Job) -> dict[str, Any]:
         tokens_per_s=tokens / step,
         micro_tokens=int(best),
         seconds=found,
-        without_room=[budget for budget in job.size.train_micro if str(budget) not in found],
+        without_room=without_room,
         tokens=tokens,
         texts=len(training.lengths),
     )

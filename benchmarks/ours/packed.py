@@ -90,7 +90,7 @@ def packed(job: Job) -> dict[str, Any]:
         except torch.OutOfMemoryError:
             training.model.zero_grad(set_to_none=True)
             without_room.append(budget)
-            if not left and not found:
+            if not left and not found and budget > 1024:
                 left.append(min(without_room) // 2)
             continue
         found[str(budget)] = {name: statistics.median(all_times) for name, all_times in times.items()}

@@ -119,7 +119,7 @@ def study(arms: Sequence[Outcome], notes: Notes, language: str) -> list[str]:
     lines = []
     for o in arms:
         change = o.figure("change")
-        told = [_shown(o.figure(label)) for label in ("before", o.last)]
+        told = [_shown(o.figure(label)) for label in ("before", "after", "expert")]
         measured = [_measured(o.measure(name)) for name in group.columns]
         cells = [o.arm.title[language], f"{len(o.records)}", *told, change.text(signed=True) if change else "-"]
         lines.append([*cells, *measured, *costs(o)])
@@ -144,7 +144,8 @@ def samples(rows: Sequence[Outcome], language: str) -> list[str]:
 
 def waiting(found: Sequence[Outcome], language: str) -> str:
     """The runs of the plan that nobody has recorded yet."""
-    lines = [f"- {_named(o, language)}: {o.waiting}" for o in found if o.waiting]
+    own = [o for o in found if o.waiting and o.arm.jobs[0].group == o.group.name]
+    lines = [f"- {_named(o, language)}: {o.waiting}" for o in own]
     said = "\n".join(lines) or WORDS["none waiting"][language]
     return f"## {WORDS['waiting'][language]}\n\n{said}"
 
@@ -155,7 +156,7 @@ def _named(o: Outcome, language: str) -> str:
 
 def commands(found: Sequence[Outcome], language: str) -> str:
     """What was typed for every run that is recorded."""
-    lines = [record["command"] for o in found for record in o.records]
+    lines = list(dict.fromkeys(record["command"] for o in found for record in o.records))
     return f"## {WORDS['commands'][language]}\n\n```\n" + "\n".join(lines) + "\n```"
 
 

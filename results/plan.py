@@ -7,7 +7,8 @@
 
     [[study]]          arms of one recipe beside each other
     name, recipe, metric, set, smoke, columns
-    [[study.run]]      name, seeds, set; after: the arm whose last model of the same seed this one begins with
+    [[study.run]]      name, seeds, set; after: the arm whose last model of the same seed this one begins with;
+                       or as, title: the runs of a row's algorithm ("GROUP-ARM") beside those of the study
 
 Texts for people are tables of the languages of the page: { en = "...", zh = "..." }.
 """
@@ -32,6 +33,7 @@ KINDS = ("row", "study")
 COMMON = {"name", "recipe", "metric", "title", "model", "set", "smoke", "run"}
 KEYS = {"row": COMMON, "study": {*COMMON, "columns"}}
 RUN_KEYS = {"name", "seeds", "set", "after", "title"}
+AS_KEYS = {"as", "title"}
 Text = Mapping[str, str]
 
 
@@ -95,8 +97,9 @@ class Group:
     columns: tuple[str, ...] = ()
 
     @property
-    def jobs(self) -> list[Job]:
-        return [job for arm in self.arms for job in arm.jobs]
+    def own_jobs(self) -> list[Job]:
+        """Its runs, without those of another group that it shows too."""
+        return [job for arm in self.arms for job in arm.jobs if job.group == self.name]
 
 
 def read_plan(path: Path = PLAN, *, smoke: bool = False) -> list[Group]:
@@ -108,8 +111,10 @@ def read_plan(path: Path = PLAN, *, smoke: bool = False) -> list[Group]:
     strange = [key for key in raw if key not in KINDS]
     if strange:
         raise RecipeError(f"{path} has {strange[0]!r}", "write [[row]] and [[study]]")
-    groups = [_group(kind, table, path, smoke) for kind in KINDS for table in raw.get(kind, [])]
-    names = [job.name for group in groups for job in group.jobs]
+    groups: list[Group] = []
+    for kind in KINDS:
+        groups += [_group(kind, table, path, smoke, groups) for table in raw.get(kind, [])]
+    names = [job.name for group in groups for job in group.own_jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise RecipeError(f"{path} has two runs called {twice}", "name one otherwise")
@@ -121,7 +126,7 @@ def chosen(groups: Sequence[Group], names: Sequence[str]) -> list[Job]:
 
     Without names all: the first seeds of everything before any second one. Raises RecipeError for a name that is none.
     """
-    jobs = [job for group in groups for job in group.jobs]
+    jobs = [job for group in groups for job in group.own_jobs]
     for name in names:
         if not any(name in _names(job) for job in jobs):
             known = ", ".join(group.name for group in groups)
@@ -139,7 +144,7 @@ def _turn(job: Job, jobs: Sequence[Job]) -> int:
     return sum(1 for other in jobs[: jobs.index(job)] if (other.group, other.arm) == (job.group, job.arm))
 
 
-def _group(kind: str, table: Mapping[str, Any], path: Path, smoke: bool) -> Group:
+def _group(kind: str, table: Mapping[str, Any], path: Path, smoke: bool, before: Sequence[Group]) -> Group:
     name = str(table.get("name", "?"))
     where = f"{path.name}, {kind} {name}"
     _check(table, KEYS[kind], {"name", "recipe", "metric", "title", "run"}, where)
@@ -147,9 +152,12 @@ def _group(kind: str, table: Mapping[str, Any], path: Path, smoke: bool) -> Grou
     beside = path.parent / recipe
     recipe = str(beside) if recipe not in shipped_recipes() and beside.is_file() else recipe
     shared = [*table.get("set", []), *(table.get("smoke", []) if smoke else [])]
-    arms = tuple(_arm(name, recipe, shared, run, smoke, where) for run in table["run"])
+    arms = tuple(
+        _of_row(run, before, where) if "as" in run else _arm(name, recipe, shared, run, smoke, where)
+        for run in table["run"]
+    )
     known = {arm.name for arm in arms}
-    for job in (job for arm in arms for job in arm.jobs):
+    for job in (job for arm in arms for job in arm.jobs if job.group == name):
         if job.after is not None and job.after not in known:
             raise RecipeError(f"{where}: {job.arm} comes after {job.after!r}, which is no run of it", "name one")
         load_recipe(recipe, [*job.overrides])  # a mistake is told before anything runs
@@ -172,6 +180,16 @@ def _arm(group: str, recipe: str, shared: Sequence[str], run: Mapping[str, Any],
         for seed in seeds
     )
     return Arm(run["name"], _text(run.get("title", run["name"]), where), jobs)
+
+
+def _of_row(run: Mapping[str, Any], before: Sequence[Group], where: str) -> Arm:
+    """The runs of a row's algorithm, under another title."""
+    _check(run, AS_KEYS, AS_KEYS, f"{where}, run")
+    for group in before:
+        for arm in group.arms:
+            if f"{group.name}-{arm.name}" == run["as"]:
+                return Arm(arm.name, _text(run["title"], where), arm.jobs)
+    raise RecipeError(f"{where} shows {run['as']!r}, which no row before it has", "name GROUP-ARM")
 
 
 def _check(table: Mapping[str, Any], allowed: set[str], needed: set[str], where: str) -> None:

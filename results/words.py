@@ -53,12 +53,13 @@ WORDS: dict[str, dict[str, Any]] = {
         ],
     },
     "study columns": {
-        "en": ["arm", "seeds", "before", "after", "change"],
-        "zh": ["分组", "种子数", "之前", "之后", "变化"],
+        "en": ["arm", "seeds", "before", "after", "fitted to its best", "change"],
+        "zh": ["分组", "种子数", "之前", "之后", "拟合最好样本之后", "变化"],
     },
     "metric of study": {
-        "en": "`{metric}` on the test side, the same prompts for all arms of a seed:",
-        "zh": "测试侧的 `{metric}`，同一种子的各组用相同的提示：",
+        "en": "`{metric}` on the test side, the same prompts for all arms of a seed. *Before*: the model that RL began "
+        "with, or the whole run where it has no RL.",
+        "zh": "测试侧的 `{metric}`，同一种子的各组用相同的提示。*之前*：RL（或没有 RL 的运行）开始时的模型。",
     },
     "samples": {"en": "What they write", "zh": "它们写什么"},
     "sample columns": {"en": ["prompt", "before RL", "after RL"], "zh": ["提示", "RL 之前", "RL 之后"]},

@@ -36,6 +36,7 @@ recipe = "tiny.toml"
 metric = "task: length_words"
 columns = ["reward/mean", "advantage/std"]
 run = [
+  { as = "tiny-ppo", title = "as in the row" },
   { name = "first", seeds = [1] },
   { name = "second", seeds = [1], after = "first", set = ["sft=none"] },
 ]
@@ -144,7 +145,9 @@ def test_what_has_a_record_is_not_run_again_and_a_changed_recipe_is(place, monke
         (place / "tiny.toml").write_text(text.replace('"samples_every": 1', "").replace("steps = 3", "steps = 4"))
         assert not stands_for(record, job)
         found = outcomes(read_plan(place / "plan.toml"), read_records(place / "records"))
-        assert [(o.arm.name, o.waiting) for o in found] == [("ppo", 2), ("reinforce", 1), ("first", 1), ("second", 1)]
+        counts = [(o.group.name, o.arm.name, o.waiting) for o in found]
+        assert counts[:3] == [("tiny", "ppo", 2), ("tiny", "reinforce", 1), ("turns", "ppo", 2)]
+        assert counts[3:] == [("turns", "first", 1), ("turns", "second", 1)]
     finally:
         (place / "tiny.toml").write_text(text)
 
@@ -161,6 +164,8 @@ def test_the_pages_say_what_the_records_say(place):
         for record in records.values():
             assert record["command"] in text
         assert f"{sum(cost['tflop'] for cost in records['tiny-ppo-1']['stages'].values()):.1f}" in text
+        study = text.split("## turns")[1]
+        assert f"| as in the row | 2 | {pooled([table['before'] for table in both]).text()} |" in study
     assert "a tiny one" in pages[0] and "很小的" in pages[1]
 
 
@@ -200,6 +205,7 @@ def test_mistakes_in_a_plan_are_told(tmp_path, monkeypatch, capsys, model_dir, r
     for old, new, told in (
         ("metric =", "metrik =", "key 'metrik'"),
         ('after = "first"', 'after = "last"', "comes after 'last'"),
+        ('as = "tiny-ppo"', 'as = "tiny-a2c"', "shows 'tiny-a2c', which no row"),
         ('zh = "很小的"', 'fr = "petit"', "languages en, fr"),
         ('name = "turns"', 'name = "tiny"', None),
         ('"rl.epochs=1"', '"rl.epoch=1"', "rl.epoch"),

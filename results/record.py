@@ -46,7 +46,7 @@ def record_of(job: Job, folder: Path, size: str, shared: str) -> dict[str, Any]:
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "changed_files": git("status", "--porcelain", "--", "upslope", "results", *OUTPUT).splitlines(),
-        "machine": machine() | {key: facts[key] for key in ("device", "dtype", "threads")},
+        "machine": machine(facts["device"]) | {key: facts[key] for key in ("device", "dtype", "threads")},
         "shared": shared,
         "prompts": closing["prompts"],
         "table": closing["intervals"],

@@ -45,7 +45,7 @@ class Graphs:
         self.cache = runner.new_cache(0, 0)
         self.capacity = 0
         self.recorded: dict[int, Callable[[], None]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one work space for all sizes
+        self.pool: tuple[int, int] | None = None  # the work space of all sizes
 
     @staticmethod
     def serve(runner: object, requests: Sequence[Request]) -> bool:
@@ -60,6 +60,7 @@ class Graphs:
         """A cache with room for `capacity` tokens a slot: the one there is, where it is large enough."""
         if capacity + STEPS > self.capacity:
             self.recorded.clear()  # they write into the old one
+            self.pool = None
             self.capacity = -(-(capacity + STEPS) // ROOM) * ROOM
             self.cache = self.runner.new_cache(0, 0)  # frees the old one first
             self.cache = self.runner.new_cache(self.slots, self.capacity)
@@ -114,4 +115,5 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             self._step(size)
+        self.pool = graph.pool()
         return graph.replay

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upslope.kernels import cpu, gpu
 from upslope.models.ops import rotate
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 PLAIN_KEYS = 256  # up to here the plain product has the faster backward pass on a CPU; beyond, memory decides
 KEPT_KEYS = 512  # up to here the compiled way keeps the weights for the backward pass; beyond, it makes them again
@@ -58,7 +58,7 @@ class Layout:
     @cached_property
     def query_place(self) -> Tensor:
         """N -> B x queries."""
-        return (self._rows * self.queries + self._column).to(self.device)
+        return send(self._rows * self.queries + self._column, self.device)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -75,20 +75,20 @@ class Layout:
         batch, prefixes = self.batch, torch.tensor(self.batch.prefix_lengths)
         own = self._rows * self.keys + self._column + prefixes[self._rows]
         if not self.parents:
-            return own.to(self.device), None
+            return send(own, self.device), None
         parent_starts = torch.tensor([batch.starts[p] if p >= 0 else 0 for p in batch.parent])
         parent_rows = torch.arange(len(batch)).repeat_interleave(prefixes)
         offset = torch.arange(len(parent_rows)) - (prefixes.cumsum(0) - prefixes).repeat_interleave(prefixes)
         source = parent_starts.repeat_interleave(prefixes) + offset
-        place = torch.cat((own, parent_rows * self.keys + offset)).to(self.device)
-        return place, torch.cat((torch.arange(batch.tokens), source)).to(self.device)
+        place = send(torch.cat((own, parent_rows * self.keys + offset)), self.device)
+        return place, send(torch.cat((torch.arange(batch.tokens), source)), self.device)
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
         """Offsets (B + 1, int32) of the sequences' queries, and of their keys laid end to end."""
         keys = [a + b for a, b in zip(self.batch.lengths, self.batch.prefix_lengths, strict=True)]
         offsets = torch.tensor([self.batch.starts, (0, *itertools.accumulate(keys))], dtype=torch.int32)
-        q, k = offsets.to(self.device).unbind()
+        q, k = send(offsets, self.device).unbind()
         return q, k
 
     @cached_property
@@ -103,7 +103,7 @@ class Layout:
         place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
         parents = torch.tensor([batch.starts[p] if p >= 0 else 0 for p in batch.parent])
         own = torch.tensor(batch.starts[:-1]) - prefixes
-        return (place + torch.where(place < prefixes[rows], parents[rows], own[rows])).to(self.device)
+        return send(place + torch.where(place < prefixes[rows], parents[rows], own[rows]), self.device)
 
     @cached_property
     def table(self) -> cpu.Table:
@@ -151,7 +151,7 @@ class Layout:
         allowed = key <= query
         if window is not None:
             allowed = allowed & (key > query - window)
-        return allowed[:, None].to(self.device)
+        return send(allowed[:, None], self.device)
 
     def padded(
         self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None

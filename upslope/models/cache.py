@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upslope.kernels import cpu, gpu
 from upslope.models.ops import rotate
+from upslope.ragged import send
 
 
 class Entries:
@@ -32,7 +33,9 @@ class Entries:
         first, count, slot = self.table.unbind(1)
         place = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
         rows = place + first.repeat_interleave(count)
-        return rows.to(self.device), slot.repeat_interleave(count).to(self.device), place.to(self.device)
+        places = torch.stack((rows, slot.repeat_interleave(count), place))
+        rows, slot, place = send(places, self.device).unbind()
+        return rows, slot, place
 
 
 class DecoderCache:

@@ -18,7 +18,7 @@ from upslope.kernels.serving import serving
 from upslope.models.attention import Layout, attend
 from upslope.models.cache import DecoderCache, Entries
 from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig, Norm
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 NormWeights = tuple[Tensor, Tensor | None]  # weight and bias, in fp32
 
@@ -144,8 +144,8 @@ class DecoderRunner:
         Returns hidden_PD, behind the final norm, of each prompt's last token.
         """
         c = self.config
-        positions = prompts.positions.to(self.device)
-        x = self._embed(prompts.ids_N.to(self.device), positions)
+        positions = send(prompts.positions, self.device)
+        x = self._embed(send(prompts.ids_N, self.device), positions)
         added: Tensor | None = None
         rope = self._rope(positions)
         turns = None if rope is None else (rope[0][:, None], rope[1][:, None])
@@ -159,7 +159,7 @@ class DecoderRunner:
             q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
             mixed = attend(q, k, v, layout, turns).reshape(len(x), -1)
             if layer is self.layers[-1]:  # nobody reads the other tokens' hidden states
-                last = prompts.last.to(self.device)
+                last = send(prompts.last, self.device)
                 x, mixed = x[last], mixed[last]
             x, added = self._feed_forward(layer, x, mixed)
         for _, length, slot in entries:

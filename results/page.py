@@ -110,6 +110,8 @@ def costs(o: Outcome) -> list[str]:
 def machine(record: Record) -> str:
     """The kind of machine, never its name."""
     facts = record["machine"]
+    if "gpu" in facts:
+        return f"{facts['gpu']}, {facts['dtype']}"
     return f"{facts['processor']}, {facts['threads']} of {facts['cores']} cores, {facts['dtype']}"
 
 

@@ -47,6 +47,7 @@ def made(found: Sequence[Outcome], notes: Notes, language: str) -> str:
     parts = [outcome_table(rows, language), *remarks(rows, notes, language), cost_table(rows, language)]
     for name in dict.fromkeys(o.group.name for o in studies):
         parts += study([o for o in studies if o.group.name == name], notes, language)
+    parts.append(others_table(rows, language))
     return "\n\n".join([*parts, *samples(rows, language), waiting(found, language), commands(found, language)])
 
 
@@ -89,6 +90,17 @@ def cost_table(rows: Sequence[Outcome], language: str) -> str:
     """What each took: samples, tokens, time, operations, memory, and what it was made with."""
     lines = [[o.group.title[language], o.arm.name, *costs(o)] for o in rows]
     return f"## {WORDS['costs'][language]}\n\n" + table(WORDS["cost columns"][language], lines)
+
+
+def others_table(rows: Sequence[Outcome], language: str) -> str:
+    """What else was measured on the same prompts: the task's other metrics, what was paid for, and its price."""
+    lines = []
+    for o in rows:
+        for name in o.others:
+            figures = [o.figure(label, name) for label in ("before", o.last, "change")]
+            told = [f.text(2, signed=n == 2) if f else "-" for n, f in enumerate(figures)]
+            lines.append([o.group.title[language], o.group.model[language], o.arm.name, f"`{name}`", *told])
+    return f"## {WORDS['others'][language]}\n\n" + table(WORDS["other columns"][language], lines)
 
 
 def costs(o: Outcome) -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 from results.plan import Arm, Group
 from results.record import stands_for, total
 from upslope.config.metrics import falls
+from upslope.observe.runs import KINDS
 
 Z_975 = 1.959964
+PRICES = ("KL to the start, nats", "distinct-2", "mean length, tokens")
 Record = Mapping[str, Any]
 
 
@@ -55,11 +57,20 @@ class Outcome:
     records: tuple[Record, ...]
     waiting: int  # runs of the plan without a record
 
-    def figure(self, label: str) -> Figure | None:
-        """The metric of a column of the closing tables: baseline, before, after, expert, change; None without it."""
-        rows = [record["table"].get(self.group.metric, {}) for record in self.records]
+    def figure(self, label: str, metric: str | None = None) -> Figure | None:
+        """A metric (the group's unless named) in a column of the closing tables: before, after, change and so on.
+
+        None where a run does not have it.
+        """
+        rows = [record["table"].get(metric or self.group.metric, {}) for record in self.records]
         found = [row[label] for row in rows if label in row and all(_finite(v) for v in row[label])]
         return pooled(found) if found and len(found) == len(rows) else None
+
+    @property
+    def others(self) -> list[str]:
+        """The other metrics that the page shows: the task's, rewards, judges, and what may be paid for a gain."""
+        names = self.records[0]["table"]
+        return [n for n in names if n != self.group.metric and (n.startswith(KINDS) or n in PRICES)]
 
     @property
     def last(self) -> str:

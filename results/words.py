@@ -61,6 +61,11 @@ WORDS: dict[str, dict[str, Any]] = {
         "with, or the whole run where it has no RL.",
         "zh": "测试侧的 `{metric}`，同一种子的各组用相同的提示。*之前*：RL（或没有 RL 的运行）开始时的模型。",
     },
+    "others": {"en": "What else changed", "zh": "其他变化"},
+    "other columns": {
+        "en": ["application", "model", "algorithm", "measure", "supervised start", "after RL", "change"],
+        "zh": ["应用", "模型", "算法", "指标", "监督起点", "RL 之后", "变化"],
+    },
     "samples": {"en": "What they write", "zh": "它们写什么"},
     "sample columns": {"en": ["prompt", "before RL", "after RL"], "zh": ["提示", "RL 之前", "RL 之后"]},
     "waiting": {"en": "Not measured yet", "zh": "尚未测量"},

@@ -33,6 +33,7 @@ def record_of(job: Job, folder: Path, size: str, shared: str) -> dict[str, Any]:
     run, events = read_run(folder), read_events(folder / "events.jsonl")
     closing = json.loads((folder / "eval" / "done.json").read_text(encoding="utf-8"))
     facts = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    table: dict[str, dict[str, list[float | None]]] = closing["intervals"]
     shown = next(e for e in reversed(events) if e["kind"] == "prompts")["samples"][:SHOWN]
     stages = {name: stage_cost(name, folder, events) for name in run.settings["stages"].split("+")}
     return {
@@ -49,7 +50,7 @@ def record_of(job: Job, folder: Path, size: str, shared: str) -> dict[str, Any]:
         "machine": machine(facts["device"]) | {key: facts[key] for key in ("device", "dtype", "threads")},
         "shared": shared,
         "prompts": closing["prompts"],
-        "table": closing["intervals"],
+        "table": {name: {label: _rounded(ends) for label, ends in row.items()} for name, row in table.items()},
         "eval_s": closing["seconds"],
         "stages": stages,
         "measures": {name: value for name, value in measures(run).items() if not name.startswith("time/")},
@@ -75,6 +76,11 @@ def stage_cost(stage: str, folder: Path, events: list[dict[str, Any]]) -> dict[s
         "seconds": round(done["time/stage_s"], 1),
         "peak_gb": round(done["memory/peak_gb"], 2),
     }
+
+
+def _rounded(ends: list[float | None]) -> list[float | None]:
+    """Six decimals: more than any interval here is wide."""
+    return [None if x is None else round(x, 6) for x in ends]
 
 
 def write_record(record: Mapping[str, Any], folder: Path) -> Path:

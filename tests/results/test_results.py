@@ -111,6 +111,8 @@ def test_the_closing_table_can_be_made_from_the_answers(place):
         scores = [line["answers"][label]["scores"]["reward: learned"] for line in lines]
         assert sum(scores) / len(scores) == pytest.approx(table["metrics"]["reward: learned"][label], abs=1e-5)
         assert table["intervals"]["reward: learned"][label][0] == table["metrics"]["reward: learned"][label]
+        record = read_records(place / "records")["tiny-ppo-1"]["table"]["reward: learned"][label]
+        assert record == pytest.approx(table["intervals"]["reward: learned"][label], abs=1e-6)
         lengths = [line["answers"][label]["tokens"] for line in lines]
         assert sum(lengths) / len(lengths) == table["metrics"]["mean length, tokens"][label]
 

@@ -17,6 +17,11 @@ ROWS = {
         for n in range(12)
         for w in WORDS
     ],
+    "spelling-encdec": [
+        {"typo": f"{w}{w[-1]}{'ab'[n % 2]}{n // 2}", "word": f"{w}{'ab'[n % 2]}{n // 2}"}
+        for n in range(12)
+        for w in WORDS
+    ],
     "word-qa": [
         {"definition": f"what is called {w} in place {n}", "word": f"{w}{n}", "words": [w, f"{w}s"]}
         for n in range(12)

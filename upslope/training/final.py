@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,10 +12,13 @@ import numpy as np
 import torch
 
 from upslope.algo import token_logprobs
+from upslope.checkpoint import atomic_write_text
 from upslope.engine import Engine, Sampling
 from upslope.errors import DataError
 from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
 from upslope.models.trunk import Trunk
+from upslope.observe.events import finite
+from upslope.rewards.reference import COLUMN
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import judged_worse
@@ -155,6 +159,28 @@ def record_comparison(
     ]
     run.record("prompts", stage="eval", samples=shown)
     return found
+
+
+def write_answers(run: Run, prompts: Sequence[Prompt], labels: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """eval/answers.jsonl: a line for each prompt, with each contender's completion and scores, null if failed.
+
+    From it the closing table, and any other statistic over these prompts, can be made without a model.
+    """
+    lines = []
+    for p, prompt in enumerate(prompts):
+        answers = {
+            label: {
+                "completion": outcome.completions[p],
+                "tokens": int(outcome.tokens_P[p]),
+                "ended": bool(outcome.ended_P[p]),
+                "scores": finite({n: round(float(v[p]), 6) for n, v in outcome.scores.items()}, "scores", []),
+            }
+            for label, outcome in zip(labels, outcomes, strict=True)
+        }
+        reference = {"reference": prompt.row[COLUMN]} if COLUMN in prompt.row else {}
+        line = {"row": prompt.number, "prompt": prompt.text, **reference, "answers": answers}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    atomic_write_text(run.stage_folder("eval") / "answers.jsonl", "\n".join(lines) + "\n")
 
 
 def _shown(prompt: Prompt, before: Outcome, after: Outcome, p: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from upslope.training.reference import batch_of, held_out_batch, remember
 from upslope.training.run import Run, peak_memory
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
+from upslope.training.work import Meter, Tokens, work
 
 
 def run_pairs(
@@ -73,7 +74,8 @@ def pair_step(
 ) -> dict[str, float]:
     """One optimizer step on some pairs of the training side."""
     batch = batch_of(state, cfg, learner, train, items, run.should_stop)
-    size, tokens = len(batch.pairs), int(learned_tokens(batch.pairs)[0].sum())
+    learned = learned_tokens(batch.pairs)
+    size, tokens = len(batch.pairs), int(learned[0].sum())
 
     def loss_of(part: list[int]) -> tuple[Tensor, Stats]:
         loss_B, stats, chosen_logp_B = learner.compare(batch.part(part))
@@ -93,6 +95,9 @@ def pair_step(
         clip_norm=cfg.optim.clip_norm,
         should_stop=run.should_stop,
     )
+    prompt, predicted = sum(p.prompt_length for p in batch.pairs), sum(int(n.sum()) for n in learned)
+    read = Tokens(prompt, sum(pair_tokens(p) for p in batch.pairs) - prompt, predicted)
+    metrics |= work(read, Meter.of(learner.trunk, projects=state.stage != "reward").step(read))
     return metrics if batch.z0 is None else metrics | {f"{state.stage}/z0": float(batch.z0)}
 
 

@@ -27,10 +27,11 @@ from upslope.training.objective import Prices, critic_step, drift, minibatch_ste
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
 from upslope.training.rollout import Batch, Frozen, policy_metrics, prepare, reference_metrics, rollout_metrics
 from upslope.training.run import Run, peak_memory
-from upslope.training.scoring import Scorer
+from upslope.training.scoring import LearnedSource, Scorer
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.trust_region import trust_region_update
 from upslope.training.update import StopAsked, learning_rate, make_optimizer
+from upslope.training.work import rollout_work
 
 
 @dataclass
@@ -224,6 +225,7 @@ def finish_rollout(
     state.pending = None
     state.extra.pop("pending", None)
     state.rollout += 1
+    metrics |= cost(rl, actors, episodes, batch, metrics["optim/updates"])
     metrics |= peak_memory()
     seconds = metrics["time/rollout_s"] + metrics["time/prepare_s"] + metrics["time/update_s"]
     metrics["time/step_s"] = seconds
@@ -231,6 +233,23 @@ def finish_rollout(
     watch(run, rl, state, metrics)
     if batch.episodes and ((state.rollout - 1) % run.recipe.eval.samples_every == 0 or state.rollout == rl.steps):
         run.record("samples", stage="rl", step=state.rollout, samples=sample_records(batch, actors.tokenizer))
+
+
+def cost(rl: RL, actors: Actors, episodes: Sequence[Episode], batch: Batch, updates: float) -> dict[str, float]:
+    """Tokens and operations of a rollout and its updates; nothing for a trust region, which searches for its step."""
+    if rl.update == "trust_region":
+        return {}
+    judges = [source.model.trunk for source in actors.scorer.sources if isinstance(source, LearnedSource)]
+    scored = not actors.frozen.scored_once(rl)
+    return rollout_work(
+        actors.model,
+        episodes,
+        batch.episodes,
+        passes=updates / rl.minibatches,
+        scored=scored,
+        reference=actors.frozen.reference,
+        judges=judges,
+    )
 
 
 def sample_records(batch: Batch, tokenizer: Tokenizer, count: int = 4) -> list[dict[str, Any]]:

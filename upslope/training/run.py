@@ -8,6 +8,7 @@ OUT/expert/samples.jsonl what the stage expert sampled and which of it was kept
 OUT/STAGE/checkpoints/   while a stage runs
 OUT/STAGE/model/         when it is done: Hugging Face layout
 OUT/STAGE/done.json      its closing metrics, and how long the logs were
+OUT/eval/answers.jsonl   the closing evaluation prompt by prompt: every contender's completion and scores
 OUT/tensorboard/, OUT/report.html
 """
 
@@ -94,9 +95,10 @@ class Run:
         path = self.stage_folder(stage) / "done.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def mark_done(self, stage: str, metrics: Mapping[str, Any]) -> None:
+    def mark_done(self, stage: str, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Write a stage's closing record: its metrics, and what else is known of them."""
         bad: list[str] = []
-        record = {"metrics": finite(dict(metrics), "metrics", bad), "logs": self.log_sizes()}
+        record = {"metrics": finite(dict(metrics), "metrics", bad), **finite(more, "", bad), "logs": self.log_sizes()}
         record |= {"nonfinite": bad} if bad else {}
         atomic_write_text(self.stage_folder(stage) / "done.json", json.dumps(record, indent=1))
 

@@ -30,6 +30,7 @@ from upslope.training.masked import HELD_OUT, Masked, hide, masked_logprobs
 from upslope.training.run import Run, peak_memory
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
+from upslope.training.work import Meter, text_tokens, work
 
 
 def run_supervised(
@@ -103,7 +104,8 @@ def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[
         clip_norm=cfg.optim.clip_norm,
         should_stop=run.should_stop,
     )
-    return metrics | {"tokens/trained": float(trained)}
+    tokens = text_tokens(example.trained for example in batch)
+    return metrics | {"tokens/trained": float(trained)} | work(tokens, Meter.of(model).step(tokens))
 
 
 def example_logprobs(model: Trunk, examples: Sequence[Example]) -> Tensor:

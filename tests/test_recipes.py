@@ -1,5 +1,7 @@
 """Every shipped recipe, whole, at smoke size: a tiny model from scratch on a few rows of the same columns."""
 
+import json
+
 import pytest
 
 import upslope
@@ -10,6 +12,16 @@ from upslope.observe.events import read_events
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
 SNIPPETS = [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()]
 ROWS = {
+    "arithmetic": [
+        {
+            "question": f"{a} + {b} =",
+            "answer": str(a + b),
+            "dataset": "chain_sum",
+            "entry": json.dumps({"answer": str(a + b)}),
+        }
+        for a in range(12)
+        for b in range(10)
+    ],
     "sentiment-ppo": SNIPPETS,
     "lstm-ppo": SNIPPETS,
     "spelling-correction": [
@@ -20,6 +32,22 @@ ROWS = {
     "spelling-encdec": [
         {"typo": f"{w}{w[-1]}{'ab'[n % 2]}{n // 2}", "word": f"{w}{'ab'[n % 2]}{n // 2}"}
         for n in range(12)
+        for w in WORDS
+    ],
+    "sentiment-classification": SNIPPETS,
+    "topic-classification": [
+        {"text": f"{topic} rose {n} points, said {WORDS[n % 10]}", "topic": topic, "source": f"{topic} {n % 30}"}
+        for n in range(60)
+        for topic in ("crude", "grain", "gold")
+    ],
+    "spam-classification": [
+        {"text": f"{says} {WORDS[n % 10]}, number {n}", "label": label, "thread": f"{label} {n}"}
+        for n in range(60)
+        for label, says in (("ham", "the meeting is about the"), ("spam", "buy now and win a"))
+    ],
+    "retrieval": [
+        {"sentence": f"the {w} of {n}", "word": f"{w}{n}", "passages": [f"{w} there", "no", f"a {n}"], "right": n % 2}
+        for n in range(8)
         for w in WORDS
     ],
     "word-qa": [
@@ -34,7 +62,6 @@ SMOKE = (
     "data.max_tokens=120",
     "rl.steps=2",
     "rl.prompts=4",
-    "rl.max_tokens=8",
     "rl.freeze_layers=0",
     "eval.prompts=6",
     "eval.watched=4",
@@ -49,17 +76,24 @@ def test_each_recipe_has_rows_to_be_tried_with():
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
     recipe = load_recipe(name)
-    kind = "decoder" if isinstance(recipe.model, str) else recipe.model.kind
+    if "verifier" in recipe.task.metrics:
+        pytest.importorskip("reasoning_gym")
+    chooses = bool(recipe.data.classes or recipe.data.passages)
+    kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
     over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
+    over += [f"rl.max_tokens={1 if chooses else 8}"]
     for stage in recipe.stages:
         over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
         over += [f"{stage}.freeze_layers=0"]
+    if chooses and recipe.data.keep.get("topic"):
+        over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
     folder = upslope.train(name, *over, rows=ROWS[name], out=tmp_path / "run", plain=True)
     events = read_events(folder / "events.jsonl")
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     names = [row[0] for row in table["rows"]]
-    assert [f"task: {metric}" for metric in recipe.task.metrics] == [n for n in names if n.startswith("task: ")]
+    measured = [*recipe.task.metrics, *(["mrr"] if recipe.data.passages else [])]
+    assert [f"task: {metric}" for metric in measured] == [n for n in names if n.startswith("task: ")]
     assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
     assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]

@@ -11,7 +11,18 @@ from upslope.observe.events import read_events
 
 PAGES = {"en": ROOT / "docs" / "metrics.md", "zh": ROOT / "docs" / "metrics.zh.md"}
 # the struck runs have no judges and no task, and no GPU is asked for
-WRITTEN_BY_OTHERS = {"judge: NAME", "task: NAME", "task/NAME", "task/NAME_low", "task/NAME_high"}
+WRITTEN_BY_OTHERS = {
+    "valid/accuracy",
+    "valid/macro_f1",
+    "valid/mrr",
+    "valid/next_loss",
+    "valid/next_accuracy",  # of encoders
+    "judge: NAME",
+    "task: NAME",
+    "task/NAME",
+    "task/NAME_low",
+    "task/NAME_high",
+}
 ON_A_GPU = {"memory/gpu_peak_gb"}
 FREE = {"NAME": "(learned|score|rare)", "STAGE": "(reward|preference)", "_N": r"_\d+"}
 

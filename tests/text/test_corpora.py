@@ -1,9 +1,11 @@
 """Corpora from small made-up packages: what is taken, what is left, and that the same package gives the same rows."""
 
+import json
+
 import pytest
 
 from upslope.errors import DataError
-from upslope.text import corpora
+from upslope.text import corpora, labelled, wordnet
 from upslope.text.rows import load_rows
 
 FILES = {
@@ -37,6 +39,7 @@ def packages(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(corpora, "resolve", resolve)
+    monkeypatch.setattr(wordnet, "resolve", resolve)
 
 
 def test_spelling_puts_one_real_misspelling_into_each_sentence():
@@ -64,6 +67,55 @@ def test_translations_are_whole_sentences_one_to_one():
         {"german": "Die Katze auch nicht.", "english": "Nor does the cat."},
         {"german": "Wie geht es?", "english": "How are things?"},
     ]
+
+
+def test_senses_are_sentences_and_six_definitions_the_words_own_meanings_among_them(monkeypatch):
+    nouns = [f"{n:08d} 05 n 01 thing{'abcdefgh'[n]} 0 000 | definition {n}  \n" for n in range(8)]
+    nouns += [
+        '00000010 05 n 02 bank 0 shore 0 000 | land beside water; "they sat on the bank"; "a bank"  \n',
+        "00000011 05 n 01 bank 0 000 | a house of money  \n",
+        '00000012 05 n 01 cat 0 000 | a feline; "the cat sat there"  \n',  # of one meaning
+    ]
+    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.noun", "  1 This software\n" + "".join(nouns))
+    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.verb", "00000001 30 v 01 bank 0 000 | lean to a side  \n")
+    (row,) = corpora.corpus("senses")
+    assert (row["sentence"], row["word"]) == ("they sat on the bank", "bank")
+    assert len(set(row["passages"])) == 6 and row["passages"][row["right"]] == "land beside water"
+    assert {"a house of money", "lean to a side"} < set(row["passages"])
+    assert [row] == corpora.corpus("senses")
+
+
+def message(folder, name, header, body):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"id": name, "text": f"{header}\n\n{body}"}))
+
+
+def test_mail_is_its_subject_and_its_first_lines_and_no_more_of_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "resolve", lambda source: tmp_path)
+    message(tmp_path / "easy-ham-1", "00001", "To: a@b\nSubject: [list-b] Re: Lunch\nX-Spam: no", "At one?\n> Where?")
+    html = "<style>p {}</style><p>Win &amp; <b>win</b></p>"
+    message(tmp_path / "spam-2", "00002", "Content-Type: text/html", html)
+    message(tmp_path / "spam-2", "00003", "Subject: Lunch\nContent-Type: image/png", "gAAA")
+    (tmp_path / "file_list.json").write_text("[]")
+    assert corpora.corpus("mail") == [
+        {"text": "Lunch. At one? > Where?", "label": "ham", "thread": "lunch"},
+        {"text": "Win & win", "label": "spam", "thread": "00002"},
+        {"text": "Lunch", "label": "spam", "thread": "lunch"},
+    ]
+
+
+def test_the_newswire_is_the_beginning_of_each_story(tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "resolve", lambda source: tmp_path / source.rpartition("-")[2])
+    head = "Category\tText\nd\tstring\nclass\t\n"
+    (tmp_path / "train.tab").write_text(f"{head}earn\tfab industries inc net {'shr ' * 60}\n\n")
+    (tmp_path / "test.tab").write_text(f"{head}grain\tussr buys\n")
+    first, second = corpora.corpus("newswire")
+    assert first == {
+        "text": f"fab industries inc net{' shr' * 36}",
+        "topic": "earn",
+        "source": "fab industries inc",
+    }
+    assert second == {"text": "ussr buys", "topic": "grain", "source": "ussr buys"}
 
 
 def test_a_corpus_is_rows_like_any_other_and_a_wrong_name_is_told():

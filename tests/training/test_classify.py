@@ -121,6 +121,32 @@ def test_a_label_that_the_training_side_lacks_is_named_by_its_row(tmp_path):
         )  # fmt: skip
 
 
+def weighted(weights, **task):
+    task = {"prompt": "{text}", "reference": "label", "metrics": ["weighted_accuracy"], "weights": weights} | task
+    data = {key: value for key, value in recipe()["data"].items() if key != "text"}
+    rl = recipe()["rl"] | {"reward": "weighted_accuracy"}
+    return {"task": task, "data": data, "rl": rl, "sft": {"steps": 2}, "eval": {"prompts": 6, "judges": []}}
+
+
+def test_a_reward_may_pay_each_label_its_own_weight(tmp_path):
+    run = train(tmp_path / "run", **weighted({"good": 8.0, "bad": 1.0, "so-so": 1.0}))
+    episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    paid = {}
+    for e in episodes:
+        if e["total"]:
+            paid.setdefault(e["completion"], set()).add(round(e["total"], 6))
+    assert len(paid["good"]) == 1 and paid["good"].pop() == pytest.approx(8 * paid["bad"].pop(), rel=1e-5)
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    with pytest.raises(DataError, match="the reference 'so-so' has rows and no weight on the training side"):
+        train(tmp_path / "a", **weighted({"good": 8.0, "bad": 1.0}))
+    with pytest.raises(RecipeError, match="is weighted_accuracy, which has no weights; set task"):
+        train(tmp_path / "b", **weighted(None))
+    with pytest.raises(RecipeError, match="weights are of references; set reference to their column"):
+        train(tmp_path / "c", **weighted("balanced", reference=None))
+
+
 def test_what_cannot_be_is_one_line(finished, model_dir, tmp_path):
     with pytest.raises(ModelError, match=r"data\.classes is set, and the model is no encoder"):
         train(tmp_path / "a", model=str(model_dir), sft={"steps": 1})

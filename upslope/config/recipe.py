@@ -99,6 +99,10 @@ class Recipe(Table):
         stage = self.rl or self.expert
         return self.eval.max_tokens or (stage.max_tokens if stage else min(64, max(1, self.data.max_tokens // 2)))
 
+    @property
+    def _may_be_encoder(self) -> bool:
+        return isinstance(self.model, str) or self.model.kind == "encoder"
+
     @model_validator(mode="before")
     @classmethod
     def _task_names_columns(cls, raw: Any) -> Any:
@@ -121,6 +125,10 @@ class Recipe(Table):
         asked += [("expert.reward", source, True) for source in self.expert_rewards]
         asked += [("task.metrics", source, False) for source in self.task.metrics]
         for where, source, reward in asked:
+            if source == "weighted_accuracy" and self.task.weights is None:
+                raise ValueError(
+                    f'{where} is weighted_accuracy, which has no weights: set task.weights = "balanced", or to a table'
+                )
             check_source(source, where, reward=reward, reference=self.task.reference is not None)
         for judge in self.eval.judges:
             check_source(judge, "eval.judges", reward=True, reference=self.task.reference is not None)
@@ -155,6 +163,16 @@ class Recipe(Table):
                 raise ValueError(
                     f"{name}.max_tokens = {stage.max_tokens}, but a label of data.classes is one: set it to 1"
                 )
+            if self.data.passages and stage and stage.max_tokens != 1:
+                raise ValueError(
+                    f"{name}.max_tokens = {stage.max_tokens}, but the number of a passage is one: set it to 1"
+                )
+        if self.data.next and (self.pretrain is None or not self._may_be_encoder):
+            raise ValueError("data.next belongs to the stage pretrain of an encoder: add [pretrain], or remove it")
+        if self.task.baseline in ("random", "overlap") and not self.data.passages:
+            raise ValueError(f"task.baseline = {self.task.baseline} chooses a passage: set data.passages")
+        if self.data.passages and self.sft and not self.data.completion:
+            raise ValueError("[sft] has no passage to learn: set data.completion or task.reference to its number")
         return self
 
     @model_validator(mode="after")

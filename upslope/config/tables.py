@@ -78,6 +78,8 @@ class Data(Table):
     chosen: str | None = None  # columns of a preference pair
     rejected: str | None = None
     classes: str | None = None  # column of labels, which an encoder chooses from for `prompt` or `text`
+    passages: str | None = None  # column of lists of texts: an encoder chooses one for `prompt`, by number
+    next: bool = False  # pretrain of an encoder: learn too whether one half of a text follows the other
     margin: str | None = None  # column of numbers: by how much the chosen side of a pair is better
     prompt_words: Positive | tuple[Positive, Positive] | None = None  # prompts: this many first words of `text`
     label: str | None = None  # pairs from labels: `prefer` stands above the others of its group
@@ -100,6 +102,10 @@ class Data(Table):
             raise ValueError("chosen and rejected go together: set both columns")
         if self.margin and not self.chosen:
             raise ValueError("margin belongs to pairs of columns: set chosen and rejected")
+        if self.passages and self.classes:
+            raise ValueError("passages and classes are both what an encoder chooses from: remove one")
+        if self.passages and not self.prompt:
+            raise ValueError("passages are chosen for a prompt: set prompt, or task.prompt")
         if bool(self.label) != bool(self.prefer):
             raise ValueError("label and prefer go together: the column, and the value that stands above the others")
         if self.valid + self.test >= 1:
@@ -117,16 +123,20 @@ class Task(Table):
     reference: str | None = None  # column of what is right; data.completion is then this
     source: str | None = None  # column that a row is about, copied by the baselines; default: the template's only one
     metrics: tuple[str, ...] = ()  # names of config/metrics.py, or module:function
-    baseline: Literal["majority", "lead", "copy"] | None = None  # a column of the closing table, without a model
+    # a column of the closing table, without a model; random and overlap choose among passages
+    baseline: Literal["majority", "lead", "copy", "random", "overlap"] | None = None
+    weights: Literal["balanced"] | dict[str, Above0] | None = None  # weighted_accuracy: what a right answer is worth
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Task:
         if self.prompt is not None and not self.columns:
             raise ValueError("prompt names no column: write one in braces, as in {text}")
-        if self.source is None and self.baseline in ("copy", "lead") and len(self.columns) != 1:
+        if self.source is None and self.baseline in ("copy", "lead", "overlap") and len(self.columns) != 1:
             raise ValueError(f"baseline = {self.baseline} needs to know what it takes: set source to a column")
         if self.reference is None and self.baseline in ("majority", "lead"):
             raise ValueError(f"baseline = {self.baseline} is learned from references: set reference to their column")
+        if self.weights is not None and self.reference is None:
+            raise ValueError("weights are of references: set reference to their column")
         return self
 
     @property

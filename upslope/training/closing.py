@@ -101,9 +101,11 @@ def baseline_answers(p: Pipeline, prompts: list[Prompt]) -> list[str]:
     """The answers of task.baseline, learned from the training side alone."""
     task = p.recipe.task
     assert task.baseline is not None
+    passages = p.recipe.data.passages
     columns = [c for c in (COLUMN, task.source_column) if c and c in p.splits["train"].column_names]
     train = p.splits["train"].select_columns(list(dict.fromkeys(columns)))
-    return BASELINES[task.baseline](list(train), [prompt.row for prompt in prompts], task.source_column, COLUMN)
+    rows = [prompt.row for prompt in prompts]
+    return BASELINES[task.baseline](list(train), rows, task.source_column, COLUMN, passages)
 
 
 def _comparison(p: Pipeline, labels: list[str]) -> Comparison:

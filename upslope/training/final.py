@@ -18,7 +18,8 @@ from upslope.errors import DataError
 from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
 from upslope.models.trunk import Trunk
 from upslope.observe.events import finite
-from upslope.rewards.reference import COLUMN
+from upslope.rewards.reference import COLUMN as REFERENCE
+from upslope.rewards.reference import references
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import judged_worse
@@ -26,6 +27,7 @@ from upslope.training.batches import micro_batches
 from upslope.training.collect import generate
 from upslope.training.episode import Episode, action_starts, lay_out
 from upslope.training.heldout import TaskMetrics
+from upslope.training.ranking import logits_of, of_choices, reciprocal_ranks
 from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 
@@ -83,6 +85,8 @@ class Trial:
         for kind, group in (("reward", self.rewards), ("judge", self.judges)):
             for source in group.sources:
                 scores[f"{kind}: {source.name}"] = np.asarray(source(episodes, rows).score_B, dtype=np.float64)
+        if self.tokenizer.separator is not None and REFERENCE in rows[0]:
+            scores["task: mrr"] = self._ranks(episodes, policy)
         kl_P = np.full(len(episodes), np.nan)
         if policy is not None and start is not None and self.own_distribution:
             own = completion_logprobs(policy, episodes, self.sampling.temperature)
@@ -97,6 +101,14 @@ class Trial:
             ended_P=np.array([e.terminal for e in episodes], dtype=np.float64),
             sets={f"task: {name}": statistic for name, statistic in measured.sets.items()},
         )
+
+    def _ranks(self, episodes: Sequence[Episode], policy: Trunk | None) -> np.ndarray:
+        """1 / rank of each right passage, by the policy's own order or, without one, what a choice alone comes to."""
+        right_P = [int(references(p.row)[0]) for p in self.prompts]
+        if policy is not None:
+            return reciprocal_ranks(logits_of(policy, [p.ids for p in self.prompts], 4096), right_P)
+        counts = [p.ids.count(self.tokenizer.separator or 0) - 1 for p in self.prompts]
+        return of_choices([e.ids[-1] for e in episodes], right_P, counts)
 
 
 @torch.no_grad()
@@ -177,7 +189,7 @@ def write_answers(run: Run, prompts: Sequence[Prompt], labels: Sequence[str], ou
             }
             for label, outcome in zip(labels, outcomes, strict=True)
         }
-        reference = {"reference": prompt.row[COLUMN]} if COLUMN in prompt.row else {}
+        reference = {"reference": prompt.row[REFERENCE]} if REFERENCE in prompt.row else {}
         line = {"row": prompt.number, "prompt": prompt.text, **reference, "answers": answers}
         lines.append(json.dumps(line, ensure_ascii=False))
     atomic_write_text(run.stage_folder("eval") / "answers.jsonl", "\n".join(lines) + "\n")

@@ -18,7 +18,9 @@ from upslope.engine import Engine, Sampling
 from upslope.errors import ModelError
 from upslope.models.open import load_model, make_runner
 from upslope.models.trunk import Trunk
+from upslope.rewards.answers import weighted_accuracy, weights_of
 from upslope.rewards.language import language
+from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
@@ -103,7 +105,7 @@ class Pipeline:
             found, wanted = kinds if model.needs_source else kinds[::-1]
             raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
         if self.tokenizer.labels and chooses:
-            model.take_labels(self.tokenizer.labels)
+            model.take_labels(self.tokenizer.labels, self.tokenizer.separator)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(
@@ -140,6 +142,10 @@ class Pipeline:
             return LikelihoodSource(label, judge, tokenizer, budget, stop)
         if word == "language":
             return self.function_source(partial(language, code=argument), label)
+        if name == "weighted_accuracy":
+            assert self.recipe.task.weights is not None  # recipe.py asks for them
+            worth = weights_of(list(self.splits["train"].select_columns([REFERENCE])), self.recipe.task.weights)
+            return self.function_source(partial(weighted_accuracy, weights=worth), label)
         if name == "similarity":
             return SimilaritySource(label)
         return self.function_source(METRICS[name].source or name if name in METRICS else name, label)

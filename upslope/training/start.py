@@ -18,6 +18,7 @@ from upslope.config import Data, Recipe, Scratch
 from upslope.models.open import needs_source, new_model
 from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer, labels_of
+from upslope.text.passages import PassageTokenizer, most_passages
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training.data import Book, Splits, load_splits
 from upslope.training.export import write_model, writing
@@ -44,7 +45,12 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
 
 
 def labelled(run: Book, tokenizer: Tokenizer, splits: Splits, data: Data) -> Tokenizer:
-    """The tokenizer, which writes labels where the data has classes: those of the training side, and no other."""
+    """The tokenizer, which writes labels where the data has classes (those of the training side, and no other), or the
+    numbers of passages."""
+    if data.passages:
+        most = most_passages(splits, data.passages)
+        run.account(f"passages: {most} at the most")
+        return PassageTokenizer(tokenizer, most)
     if not data.classes:
         return tokenizer
     labels = labels_of(splits, data.classes)
@@ -65,4 +71,5 @@ def texts_of(rows: Dataset, data: Data) -> Iterator[str]:
     for row in rows:
         yield from (row[c] for c in columns if c and isinstance(row[c], str))
         turns = row[data.messages] if data.messages else None
+        yield from (p for p in (row[data.passages] if data.passages else None) or [] if isinstance(p, str))
         yield from (turn["content"] for turn in turns or [] if isinstance(turn.get("content"), str))

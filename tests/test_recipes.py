@@ -22,6 +22,27 @@ ROWS = {
         for n in range(12)
         for w in WORDS
     ],
+    "translation": [
+        {"german": f"Das ist Nummer {n} von {w}.", "english": f"This is number {n} of {w}."}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "style-kjv": [
+        {"king_james": f"And the {w} was good.", "modern": f"The {w} was good.", "book": f"Book {n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "summarisation": [
+        {"description": f"This is a package for {w} with {n} parts.", "synopsis": f"{w} {n}", "source": f"{w}{n % 4}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "dialogue": [
+        {"said": f"Do you like the {w}?", "reply": f"Yes, {n} of them.", "conversation": f"{n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "fluency": SNIPPETS,
 }
 SMOKE = (
     "dtype=fp32",
@@ -42,7 +63,7 @@ def test_each_recipe_has_rows_to_be_tried_with():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
+def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_dir):
     recipe = load_recipe(name)
     kind = "decoder" if isinstance(recipe.model, str) else recipe.model.kind
     over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
@@ -51,6 +72,9 @@ def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
         over += [f"{stage}.freeze_layers=0"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
+    if any(source.startswith("likelihood:") for source in recipe.rl.rewards):  # a judge that needs no network
+        others = [f"{s} = {w}" for s, w in recipe.rl.rewards.items() if not s.startswith("likelihood:")]
+        over += ["rl.reward={" + ", ".join([f'"likelihood:{model_dir}" = 1.0', *others]) + "}"]
     folder = upslope.train(name, *over, rows=ROWS[name], out=tmp_path / "run", plain=True)
     events = read_events(folder / "events.jsonl")
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")

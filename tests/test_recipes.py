@@ -5,6 +5,7 @@ import pytest
 import upslope
 from tests.conftest import make_rows
 from upslope.config import load_recipe, shipped_recipes
+from upslope.config.recipe import source_name
 from upslope.observe.events import read_events
 
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
@@ -28,7 +29,7 @@ ROWS = {
         for w in WORDS
     ],
     "style-kjv": [
-        {"king_james": f"And the {w} was good.", "modern": f"The {w} was good.", "book": f"Book {n}"}
+        {"king_james": f"And the {w} was good.", "modern": f"The {w} was good.", "book": f"{w} {n}"}
         for n in range(12)
         for w in WORDS
     ],
@@ -38,7 +39,7 @@ ROWS = {
         for w in WORDS
     ],
     "dialogue": [
-        {"said": f"Do you like the {w}?", "reply": f"Yes, {n} of them.", "conversation": f"{n}"}
+        {"said": f"Do you like the {w}?", "reply": f"Yes, {n} of them.", "conversation": f"{w} {n}"}
         for n in range(12)
         for w in WORDS
     ],
@@ -79,6 +80,7 @@ def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_d
     events = read_events(folder / "events.jsonl")
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     names = [row[0] for row in table["rows"]]
-    assert [f"task: {metric}" for metric in recipe.task.metrics] == [n for n in names if n.startswith("task: ")]
+    measured = [f"task: {source_name(metric)}" for metric in recipe.task.metrics]
+    assert measured == [name for name in names if name.startswith("task: ")]
     assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
     assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]

@@ -29,7 +29,7 @@ ROWS = {
         for w in WORDS
     ],
     "style-kjv": [
-        {"king_james": f"And the {w} was good.", "modern": f"The {w} was good.", "book": f"{w} {n}"}
+        {"king_james": f"And {n} {w} are good.", "modern": f"{n} {w} are good.", "book": f"{w} {n}"}
         for n in range(12)
         for w in WORDS
     ],

@@ -141,6 +141,13 @@ def test_replies_follow_what_was_said_and_a_turn_is_all_that_one_says():
     ]
 
 
+@pytest.mark.parametrize("damaged", ["{", "[1]", '{"a": {"messages": [[{}]]}}', '{"a": {"messages": 1}}'])
+def test_damaged_conversations_are_told(damaged, monkeypatch):
+    monkeypatch.setitem(FILES, corpora.CHATS, damaged)
+    with pytest.raises(DataError, match="holds no conversations"):
+        corpora.corpus("dialogue")
+
+
 def test_a_corpus_is_rows_like_any_other_and_a_wrong_name_is_told():
     assert load_rows("corpus:words", limit=2)["word"][:] == ["feline", "dog"]
     with pytest.raises(DataError, match="no corpus 'speling'; there is spelling"):

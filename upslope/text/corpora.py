@@ -104,15 +104,15 @@ def dialogue() -> Iterator[Row]:
 
     The messages that one person sends in a row are one turn. A conversation of one turn has no reply and no row.
     """
+    path = Path(resolve(CHATS))
     try:
-        conversations = json.loads(Path(resolve(CHATS)).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{CHATS} is not JSON: {error}", "remove the copy, and it is fetched anew") from None
-    for name, conversation in conversations.items():
-        turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
-        for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
+        for name, conversation in json.loads(path.read_text(encoding="utf-8")).items():
+            turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
             about = conversation["prompt"]
-            yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
+            for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
+                yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds no conversations: {error!r}", "remove it, and it is fetched anew") from None
 
 
 CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {

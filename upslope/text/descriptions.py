@@ -25,7 +25,7 @@ def descriptions() -> Iterator[dict[str, Any]]:
             "description": first_paragraph(rest),
             "synopsis": synopsis.strip(),
             "package": name,
-            "source": known.get("Source", name).split()[0],
+            "source": (known.get("Source") or name).partition(" ")[0],
             "section": known.get("Section", "").rpartition("/")[2],
         }
 

@@ -1,0 +1,101 @@
+"""The trainer of the soak: `upslope train` as it is, with a meter around it that the program knows nothing of.
+
+    python -m tests.faults.soaked NOTES train RECIPE ...
+
+After every BLOCK rollouts it notes, as one line of JSON in NOTES, the processor time that they took each (without that
+of checkpoints, whose number depends on the clock), and the processor time of a piece of work that is always the same.
+Neighbours on the machine slow both; what slows the first alone is the trainer's own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conftest import tiny_decoder
+from upslope import cli
+from upslope.algo import token_logprobs
+from upslope.ragged import Ragged
+from upslope.training.run import Run
+from upslope.training.state import RunState
+
+BLOCK = 20  # rollouts between two pieces of reference work
+OBJECTS_S = 30.0  # between two counts of Python's objects, which take as long as some rollouts
+
+
+class Reference:
+    """Always the same work, of a rollout's kind: passes of a tiny model forward and backward, text written and read."""
+
+    def __init__(self) -> None:
+        self.model = tiny_decoder(0)
+        self.batch = Ragged.of([[(7 * s + t) % 31 for t in range(10)] for s in range(6)])
+
+    def __call__(self) -> float:
+        """Seconds of processor time that it took."""
+        began = time.process_time()
+        for _ in range(8):
+            hidden_ND = self.model.hidden(self.batch)[:-1]
+            token_logprobs(hidden_ND, self.model.output_weight, self.batch.ids_N[1:])[0].sum().backward()
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            json.loads(json.dumps([[0.1 * n, str(n)] for n in range(300)]))
+        return time.process_time() - began
+
+
+class Meter:
+    """Wraps the run's records and checkpoints."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes.open("w", buffering=1)
+        self.reference = Reference()
+        self.rollouts, self.saving, self.looked = 0, 0.0, 0.0
+        self.began = time.process_time()
+
+    def install(self) -> None:
+        record, save = Run.record, RunState.save
+
+        def recorded(run: Run, kind: str, **fields: Any) -> None:
+            record(run, kind, **fields)
+            if kind == "step" and fields.get("stage") == "rl":
+                self.rollout()
+
+        def saved(state: RunState, run: Run) -> Path:
+            began = time.process_time()
+            path = save(state, run)
+            self.saving += time.process_time() - began
+            return path
+
+        Run.record, RunState.save = recorded, saved  # type: ignore[method-assign, assignment]
+
+    def rollout(self) -> None:
+        self.rollouts += 1
+        if self.rollouts % BLOCK:
+            return
+        note = {
+            "at": time.monotonic(),
+            "rollout_s": (time.process_time() - self.began - self.saving) / BLOCK,
+            "reference_s": self.reference(),
+        }
+        if time.monotonic() - self.looked > OBJECTS_S:
+            self.looked = time.monotonic()
+            note |= {"objects": len(gc.get_objects()), "files": len(os.listdir("/proc/self/fd"))}
+        self.notes.write(json.dumps(note) + "\n")
+        self.saving, self.began = 0.0, time.process_time()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    Meter(Path(sys.argv[1])).install()
+    sys.argv = ["upslope", *sys.argv[2:]]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,8 @@
 
     python -m tests.faults.soak [SECONDS]
 
-A run of the real command (soaked.py) with a reward in a worker process, checkpoints every few seconds, and a SIGTERM at
-the end. Its learning rate is so small that the policy stays what it is: rollouts of an hour then differ by chance alone.
+A run of the real command (soaked.py) with a reward in a worker process, checkpoints every few seconds, and a SIGTERM
+at the end. Its learning rate is so small that the policy stays what it is: an hour's rollouts differ by chance alone.
 
 The rule, written before anything was measured: the hour is flat where the whole 95 % interval of each slope lies within
 ALLOWED of it, per hour: memory in MB, the trainer's processor time for a rollout over that of the reference work beside
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Trend:
             f"{self.first:.1f} MB | {self.last:.1f} MB" if self.unit == "MB" else f"{self.first:.3f} | {self.last:.3f}"
         )
         low, high = self.slope - self.half, self.slope + self.half
-        return f"| {name} | {shown} | {self.slope:+.2f} {self.unit} an hour [{low:+.2f}, {high:+.2f}] | {_word(self.flat)} |"
+        slope = f"{self.slope:+.2f} {self.unit} an hour [{low:+.2f}, {high:+.2f}]"
+        return f"| {name} | {shown} | {slope} | {'yes' if self.flat else '**no**'} |"
 
 
 def trend(times: Sequence[float], values: Sequence[float], unit: str) -> Trend:
@@ -159,7 +161,7 @@ def trends(samples: Sequence[Sample], notes: Sequence[Sample]) -> dict[str, Tren
     """The slopes that the rule is about, by name."""
     paired = [
         now | {"ratio": now["rollout_s"] / (0.5 * (before["reference_s"] + now["reference_s"]))}
-        for before, now in zip(notes, notes[1:], strict=False)
+        for before, now in pairwise(notes)
     ]
     times, inside = late(notes, "reference_s")
     beside_at, beside = late(samples, "beside_s")
@@ -180,7 +182,8 @@ def report(found: Mapping[str, Trend], samples: Sequence[Sample], notes: Sequenc
     quarter = len(rollout) // 4
 
     def ends(values: np.ndarray) -> str:
-        return f"{np.median(values[:quarter]):.1f} ms in the first quarter, {np.median(values[-quarter:]):.1f} ms in the last"
+        first, last = np.median(values[:quarter]), np.median(values[-quarter:])
+        return f"{first:.1f} ms in the first quarter, {last:.1f} ms in the last"
 
     return [
         "| | first quarter | last quarter | slope [95 % interval] | flat |",
@@ -214,10 +217,6 @@ def main() -> None:
     replace_section("Soak", text)
     print("\n".join(text))
     sys.exit(not all(one.flat for one in found.values()))
-
-
-def _word(flat: bool) -> str:
-    return "yes" if flat else "**no**"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ class Meter:
     """Wraps the run's records and checkpoints."""
 
     def __init__(self, notes: Path) -> None:
-        self.notes = notes.open("w", buffering=1)
+        self.notes = notes
+        notes.touch()
         self.reference = Reference()
         self.rollouts, self.saving, self.looked = 0, 0.0, 0.0
         self.began = time.process_time()
@@ -86,7 +87,8 @@ class Meter:
         if time.monotonic() - self.looked > OBJECTS_S:
             self.looked = time.monotonic()
             note |= {"objects": len(gc.get_objects()), "files": len(os.listdir("/proc/self/fd"))}
-        self.notes.write(json.dumps(note) + "\n")
+        with self.notes.open("a") as file:
+            file.write(json.dumps(note) + "\n")
         self.saving, self.began = 0.0, time.process_time()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upslope.algo import token_logprobs
 from upslope.config import Supervised
+from upslope.errors import Interrupted
 from upslope.models.encoder import Encoder
 from upslope.models.trunk import Trunk
 from upslope.text.examples import Example
@@ -68,11 +69,12 @@ def run_supervised(
             run.record("step", stage=stage, step=state.step, metrics=metrics)
             run.progress(stage, state.step, cfg.steps, "update")
             state.save_if_due(run)
-        after = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
+        if "after" not in state.extra:  # else a stop came while at_end measured
+            state.extra["after"] = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
         measured = at_end(state.step) if at_end else {}
-    except StopAsked:
+    except (StopAsked, Interrupted):
         state.interrupt(run)
-    before = state.extra["before"]
+    before, after = state.extra["before"], state.extra["after"]
     rows = [[name.removeprefix("valid/"), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
     note = f"{len(valid)} examples of unseen groups" if run.recipe.data.group else f"{len(valid)} unseen examples"
     run.record(

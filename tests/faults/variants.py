@@ -81,14 +81,23 @@ SCRATCH: Mapping[str, dict[str, Any]] = {
 # What is measured beside the reward, and other kinds of stages: name -> changes of tables; None removes one
 TASK = {"prompt": "Praise {film}\n", "reference": "text", "metrics": ["chrf", "distinct_1"]}
 SMALL_RL = {"steps": 2, "prompts": 4, "max_tokens": 8, "minibatches": 2}
+SMALL_EXPERT = {"steps": 2, "batch": 4, "prompts": 8, "samples": 2, "max_tokens": 8}
+FAST = {"lr": 0.2}  # so that a stage soon learns too much
 OTHERS: Mapping[str, dict[str, Any]] = {
     "task": {
         "data": {"group": "film", "valid": 0.2, "test": 0.2, "max_tokens": 60},
         "task": TASK,  # with a function of the user's, in its worker, beside these
         "sft": {"steps": 2, "batch": 4},
         "rl": SMALL_RL,
-        "expert": {"steps": 2, "batch": 4, "prompts": 8, "samples": 2, "max_tokens": 8},
+        "expert": SMALL_EXPERT,
         "eval": {"prompts": 6, "every": 1, "watched": 4, "judges": []},
+    },
+    "best": {  # the best of a stage is not its last, and some end early
+        "sft": {"steps": 6, "batch": 4, "eval_every": 1, "best_by": "valid/loss", "optim": FAST},
+        "reward": {"steps": 8, "batch": 4, "eval_every": 1, "best_by": "valid/margin", "patience": 2, "optim": FAST},
+        "rl": {**SMALL_RL, "steps": 5, "best_by": "task/reward", "patience": 2, "optim": FAST},
+        "expert": SMALL_EXPERT | {"steps": 6, "eval_every": 2, "best_by": "valid/loss", "patience": 1, "optim": FAST},
+        "eval": {"prompts": 6, "every": 1, "watched": 8, "judges": []},
     },
     "judges": {"rl": SMALL_RL, "eval": {"prompts": 6, "judges": ["vader", "language:en"]}},  # and models, and functions
     "fallback": {

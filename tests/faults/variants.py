@@ -168,6 +168,8 @@ def recipe_of(variant: str, model: Path, work: Path) -> dict[str, Any]:
         recipe["model"] = str(work / kind)
         recipe["eval"] |= {"prompts": 2, "show": 0}
         recipe["rl"] = _rl_of(algorithm, work, f"{kind}-teacher") | SMALL_PAIR
+        if kind == "encoder" and "reward" in recipe["rl"]:
+            recipe["rl"]["reward"] = score  # no label is rare
         return _choosing(recipe) if kind == "encoder" else recipe
     recipe["rl"] = _rl_of(variant, work, "teacher")
     return recipe

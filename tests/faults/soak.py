@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +158,7 @@ def late(samples: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], 
 
 def trends(samples: Sequence[Sample], notes: Sequence[Sample]) -> dict[str, Trend]:
     """The slopes that the rule is about, by name."""
-    paired = [
-        now | {"ratio": now["rollout_s"] / (0.5 * (before["reference_s"] + now["reference_s"]))}
-        for before, now in pairwise(notes)
-    ]
+    paired = [note | {"ratio": note["rollout_s"] / note["reference_s"]} for note in notes]
     times, inside = late(notes, "reference_s")
     beside_at, beside = late(samples, "beside_s")
     nearest = np.minimum(np.searchsorted(beside_at, times), len(beside_at) - 1)

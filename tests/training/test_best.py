@@ -11,10 +11,12 @@ import upslope
 from tests.checkpoints import names, newest, save
 from tests.training.test_pipeline import count_vowels
 from upslope.checkpoint import checkpoint_at
+from upslope.config import load_recipe
 from upslope.errors import RecipeError, RunError
 from upslope.observe.events import read_events
 from upslope.training import preference, supervised
 from upslope.training.heldout import Watched
+from upslope.training.share import common_stages
 
 
 def train(recipe, rows, out, *over, **options):
@@ -184,6 +186,36 @@ def test_a_checkpoint_is_kept_as_long_as_one_that_calls_it_the_best(tmp_path):
         checkpoint_at(tmp_path, 9)
     with pytest.raises(RunError, match="step-00000007: is missing"):
         checkpoint_at(tmp_path, 7)
+
+
+def test_a_run_that_an_older_version_began_carries_on(recipe, rows, tmp_path):
+    """Its recipe.json does not know the keys; they then stand at their defaults."""
+    del recipe["reward"], recipe["rl"]
+    run = train(recipe, rows, tmp_path / "run")
+    old = json.loads((run / "recipe.json").read_text())
+    for key in ("best_by", "eval_every", "patience"):
+        del old["sft"][key]
+    (run / "recipe.json").write_text(json.dumps(old))
+    assert train(recipe, rows, tmp_path / "run") == run
+    with pytest.raises(RunError, match=r"another recipe: sft\.eval_every: 0 there, 1 here"):
+        train(recipe, rows, tmp_path / "run", "sft.eval_every=1")
+
+
+def test_a_sweep_shares_no_stage_that_was_chosen_by_other_measurements(recipe, tmp_path):
+    recipe["rl"] |= {"best_by": "task/reward"}
+    recipe["expert"] = {"reward": "vader", "steps": 1}
+    table = load_recipe(recipe).model_dump(mode="json")
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    for stage in ("sft", "reward", "rl"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "done.json").write_text("{}")
+    assert common_stages(tmp_path, table) == ["sft", "reward", "rl"]
+    other = load_recipe(recipe, ["eval.watched=3"]).model_dump(mode="json")
+    assert common_stages(tmp_path, other) == []
+    for one in (table, other):
+        one["rl"]["best_by"] = None
+    (tmp_path / "recipe.json").write_text(json.dumps(table))
+    assert common_stages(tmp_path, other) == ["sft", "reward", "rl"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, model_validator
 
-from upslope.config.metrics import WORDS, check_source
+from upslope.config.metrics import WORDS, check_source, judges
 from upslope.config.rl import RL
 from upslope.config.tables import (
     Count,
@@ -154,6 +154,25 @@ class Recipe(Table):
                         f"{key} names {seen[name]!r} and {source!r}, both called {name}: rename one function"
                     )
                 seen[name] = source
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        for name in ("pretrain", "sft", "expert"):
+            best = getattr(getattr(self, name), "best_by", None)
+            if best in ("valid/accuracy", "valid/macro_f1") and (not self.data.classes or name == "pretrain"):
+                raise ValueError(f"{name}.best_by = {best!r} is measured of labels and {name} has none: use valid/loss")
+        if self.rl is None:
+            return self
+        compared = [source_name(name) for name in self.task.metrics if judges(name)]
+        known = ["task/reward"] * bool(self.rl.rewards) + [f"task/{name}" for name in compared]
+        if self.rl.best_by is not None and self.rl.best_by not in known:
+            told = ", ".join(known) or "task.metrics, which are empty"
+            raise ValueError(f"rl.best_by = {self.rl.best_by!r} is not measured and better one way: choose from {told}")
+        if self.rl.best_by is not None and not self.eval.every:
+            raise ValueError("rl.best_by chooses among models and eval.every = 0 measures none: set eval.every")
+        if self.rl.patience is not None and self.rl.best_by is None:
+            raise ValueError(f"rl.patience = {self.rl.patience} waits for a better model: set rl.best_by")
         return self
 
     @model_validator(mode="after")

@@ -171,7 +171,38 @@ class Optim(Table):
     micro_tokens: Positive = 2048  # tokens computed at once: memory, never the result; unset, more on a GPU
 
 
-class Supervised(Table):
+class Watched(Table):
+    """What every stage that fits has: how often held-out examples are measured, and what is made of it."""
+
+    eval_every: Count = 0  # optimizer steps between measurements; 0: only before and after
+    best_by: str | None = None  # a held-out metric: the model that is best by it is handed on, not the last
+    patience: Positive | None = None  # measurements in a row without a better one, after which the stage ends
+
+    @model_validator(mode="after")
+    def _best_can_be(self) -> Watched:
+        known = self._measured
+        if self.best_by is not None and self.best_by not in known:
+            raise ValueError(f"best_by = {self.best_by!r} is not measured here: choose one of {', '.join(known)}")
+        if self.best_by is not None and not self.eval_every:
+            raise ValueError("best_by chooses among models and eval_every = 0 measures none on the way: set eval_every")
+        if self.patience is not None and self.best_by is None:
+            raise ValueError(f"patience = {self.patience} waits for a better model and best_by is not set: set best_by")
+        return self
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return ("valid/loss", "valid/accuracy", "valid/macro_f1")
+
+
+class WatchedPairs(Watched):
+    """The same of pairs."""
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return ("valid/pair_accuracy", "valid/margin")
+
+
+class Supervised(Watched):
     """Maximum likelihood on examples (pretrain, sft)."""
 
     init: str | None = None  # a model source; default: the stage before, or the recipe's model
@@ -182,7 +213,7 @@ class Supervised(Table):
     optim: Optim = Optim()
 
 
-class RewardModel(Table):
+class RewardModel(WatchedPairs):
     """Bradley-Terry on preference pairs."""
 
     init: str | None = None
@@ -194,7 +225,7 @@ class RewardModel(Table):
     optim: Optim = Optim()
 
 
-class Preference(Table):
+class Preference(WatchedPairs):
     """The policy itself on preference pairs, without a reward model: DPO and its kin."""
 
     init: str | None = None
@@ -226,7 +257,7 @@ class Preference(Table):
         return self
 
 
-class Expert(Table):
+class Expert(Watched):
     """Back to supervision: the best of several samples of the policy become what it is fitted to."""
 
     init: str | None = None  # the model that is fitted; default: the one that sampled

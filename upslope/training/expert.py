@@ -130,7 +130,8 @@ def run_expert(
     watched = examples_of(run, cfg, held_out, "held-out")
     if load_checkpoint(run.stage_folder(STAGE) / "checkpoints") is None:  # else the log has it already
         record_best_of(run, cfg, train, sampling_work(model, episodes))
-    fit = Supervised(steps=cfg.steps, batch=cfg.batch, freeze_layers=cfg.freeze_layers, optim=cfg.optim)
+    shared = ("steps", "batch", "freeze_layers", "optim", "eval_every", "best_by", "patience")
+    fit = Supervised(**{key: getattr(cfg, key) for key in shared})
     return run_supervised(run, STAGE, fit, model, tokenizer, examples, watched, at_end)
 
 

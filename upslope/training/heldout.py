@@ -137,16 +137,17 @@ class Watched:
 
 def watch_task(
     run: Run, watched: Watched | None, state: RunState, steps: int, load: Callable[[], Engine], scorer: Scorer
-) -> None:
+) -> dict[str, float]:
     """Measure the task where it is due after so many rollouts: at the start, every eval.every, at the end.
 
-    What was measured at the start is in the state, so that a resumed run agrees; nothing is measured twice.
+    Returns what was measured, nothing where it is not due. What was measured at the start is in the state, so that a
+    resumed run agrees; nothing is measured twice.
     """
     every, at = run.recipe.eval.every, state.rollout
     seen = state.extra.get("held_out", {})
     if watched is None or not every or seen.get("at") == at or (at % every and at < steps):
-        return
-    _, scores = watched.measure(run, state.stage, at, load(), scorer)
+        return {}
+    metrics, scores = watched.measure(run, state.stage, at, load(), scorer)
     first = seen.get("first", scores)
     paid = {source_name(name) for name in (run.recipe.rl.rewards if run.recipe.rl else {})}
     compared = {n: s for n, s in scores.items() if n == REWARD or (n in watched.metrics.judging and n not in paid)}
@@ -154,6 +155,7 @@ def watch_task(
     if message and not seen.get("alarm"):
         run.record("alarm", stage=state.stage, step=at, name="task_worse", message=message)
     state.extra["held_out"] = {"at": at, "first": first, "alarm": bool(message)}
+    return metrics
 
 
 def _changes(

@@ -212,8 +212,9 @@ class Pipeline:
         return TaskMetrics(self.recipe.task.metrics, source)
 
     def watched(self, stage: str) -> Watched | None:
-        """What [task] measures on the way, on the validation side; None where it measures nothing."""
-        if not self.recipe.task.metrics:
+        """What is measured on the way, on the validation side: [task], or for rl.best_by the reward alone."""
+        by_reward = stage == "rl" and self.recipe.rl is not None and self.recipe.rl.best_by is not None
+        if not self.recipe.task.metrics and not by_reward:
             return None
         prompts = make_prompts(self.run, self.held_out, self.tokenizer, "held-out", stage)
         prompts = prompts[: self.recipe.eval.watched]

@@ -18,6 +18,7 @@ from upslope.models.heads import ActorCritic
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped, watch
+from upslope.training.best import Best
 from upslope.training.collect import collect
 from upslope.training.controllers import Controllers
 from upslope.training.episode import Episode
@@ -52,16 +53,17 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
     freeze_lowest(model.policy, rl.freeze_layers)
     trained = model if rl.update == "gradient" else model.critic_parameters()
     state = RunState("rl", model, make_optimizer(trained, rl.optim), companion=actors.frozen.mask)
-    controllers = Controllers(rl)
+    controllers, best = Controllers(rl), Best(rl.best_by, rl.patience)
     if state.restore(run):
         controllers.restore(state.extra["controllers"])
     state.extra["controllers"] = controllers.state()
     try:
         while True:
-            watch_task(
-                run, actors.watched, state, rl.steps, partial(load_engine, rl, actors, state.rollout), actors.scorer
-            )
-            if state.rollout >= rl.steps:
+            load = partial(load_engine, rl, actors, state.rollout)
+            found = watch_task(run, actors.watched, state, rl.steps, load, actors.scorer)
+            if found:
+                best.saw(run, state, state.rollout, found)
+            if best.over(run, state, state.rollout, rl.steps):
                 break
             episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
             metrics |= improve(run, rl, actors, state, controllers, batch)
@@ -71,8 +73,9 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
             state.save_if_due(run)
     except (StopAsked, Interrupted):
         state.interrupt(run)
+    chosen = best.hand_on(run, state)
     export_policy(run, "rl", model, actors.tokenizer)
-    return state.finish(run, peak_memory())
+    return state.finish(run, chosen | peak_memory())
 
 
 def next_rollout(

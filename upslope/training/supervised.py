@@ -20,6 +20,7 @@ from upslope.algo import token_logprobs
 from upslope.config import Supervised
 from upslope.models.encoder import Encoder
 from upslope.models.trunk import Trunk
+from upslope.rewards.corpus import mean_f1
 from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
@@ -141,20 +142,14 @@ def evaluate(
 
 @torch.no_grad()
 def choices(model: Trunk, examples: Sequence[Example], micro_tokens: int) -> dict[str, float]:
-    """Of a classifier's likeliest labels: the share that is right, and the mean over labels of F1.
-
-    F1 = 2 TP / (2 TP + FP + FN); a label that neither stands in the examples nor is chosen has no part in the mean.
-    """
-    labels = len(model.labels)
-    count = np.zeros((labels, labels))  # right label x chosen label
+    """Of a classifier's likeliest labels: the share that is right, and the mean over labels of F1."""
+    chosen_B = np.zeros(len(examples), dtype=np.int64)
+    true_B = np.array([example.ids[-1] for example in examples])
     for part in micro_batches([len(e.ids) for e in examples], 2 * micro_tokens):
         texts = [examples[i].ids for i in part]
         batch, place_N = lay_out_texts(texts, [len(ids) - 1 for ids in texts], model.needs_source)
         last = place_N[torch.tensor([len(ids) for ids in texts]).cumsum(0) - 1]
         hidden_BD = model.hidden(batch.to(model.device))[batch.previous[last].to(model.device)]
-        chosen = (hidden_BD @ model.output_weight.to(hidden_BD.dtype).t()).argmax(1)
-        np.add.at(count, (np.array([ids[-1] for ids in texts]), chosen.cpu().numpy()), 1)
-    right, there, found = count.diagonal(), count.sum(1), count.sum(0)
-    seen = there + found > 0
-    f1 = 2 * right[seen] / (there + found)[seen]
-    return {"valid/accuracy": float(right.sum() / count.sum()), "valid/macro_f1": float(f1.mean())}
+        chosen_B[part] = (hidden_BD @ model.output_weight.to(hidden_BD.dtype).t()).argmax(1).cpu().numpy()
+    f1 = mean_f1(true_B, chosen_B, len(model.labels))
+    return {"valid/accuracy": float((true_B == chosen_B).mean()), "valid/macro_f1": f1}

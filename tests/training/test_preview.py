@@ -104,5 +104,5 @@ def test_an_encoders_texts_are_shown_as_they_are_masked_from_and_one_that_should
     with pytest.raises(ModelError, match=r"an encoder, which writes no text, and \[sft\] asks it to; set data.classes"):
         told(recipe | {"sft": {"steps": 1}}, make_rows(), capsys)
     recipe["model"] = shape | {"kind": "decoder"}
-    with pytest.raises(ModelError, match="data.classes is set, and the model is no encoder"):
+    with pytest.raises(ModelError, match=r"data.classes is set, and the model is no encoder"):
         told(recipe | {"data": data | {"classes": "label"}}, make_rows(), capsys)

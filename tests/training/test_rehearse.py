@@ -101,6 +101,7 @@ def test_later_stages_are_told_of_their_rows_and_models_before_the_first_trains(
 ):
     refused(short_recipe, tmp_path / "a", DataError, "exceeds the model's context of 64", "eval.max_tokens=62")
     refused(short_recipe, tmp_path / "b", DataError, "no such file or folder: /nowhere", "rl.init=/nowhere")
+    refused(short_recipe, tmp_path / "e", RecipeError, "the model has 2 blocks", "rl.freeze_layers=3")
     rows = [row | {"text": row["text"] if row["film"] != "film 3" else "one two"} for row in make_rows()]
     refused(
         short_recipe,
@@ -172,3 +173,9 @@ def test_what_the_table_alone_reads_may_change_when_a_run_carries_on(short_recip
     assert json.loads((folder / "recipe.json").read_text())["eval"]["prompts"] == 3
     with pytest.raises(RunError, match=r"eval.prompts: 3 there, 4 here; upslope eval makes the table .* again"):
         upslope.train(short_recipe, *changes[1:], rows=rows, out=folder, plain=True)
+
+
+def test_a_reward_that_no_stage_asks_is_refused(short_recipe, rows, tmp_path):
+    del short_recipe["rl"]
+    with pytest.raises(RecipeError, match=r"no stage of the recipe asks one; add a table \[rl\] or \[expert\]"):
+        upslope.train(short_recipe, reward=len, rows=rows, out=tmp_path / "run", plain=True)

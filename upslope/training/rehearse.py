@@ -24,6 +24,7 @@ from upslope.training.episode import Episode
 from upslope.training.final import Trial
 from upslope.training.parts import Pipeline, check_teacher
 from upslope.training.scoring import FunctionSource, Scorer, Source
+from upslope.training.state import freeze_lowest
 from upslope.training.update import StopAsked
 
 LOOKED_AT = 2000  # rows of a side; only where none of these is any use are all of them looked at
@@ -106,13 +107,14 @@ def _first(rows: Dataset, make: Callable[[Dataset], Made]) -> Made:
 def _try_models(p: Pipeline, stage: str, model: Trunk) -> None:
     """Whether the models that a stage names can be read and fit the run; those that the run itself makes come later."""
     cfg = getattr(p.recipe, stage)
-    for key in ("init", "teacher"):
-        source = getattr(cfg, key, None)
-        if source is None or Path(source).resolve().is_relative_to(p.models.resolve()):
-            continue
-        found = p.trunk(source, trained=False)
-        if key == "teacher":
-            check_teacher(source, found, model)
+
+    def read(source: str | None) -> Trunk:
+        own = source is None or Path(source).resolve().is_relative_to(p.models.resolve())
+        return model if own else p.trunk(str(source), trained=False)
+
+    freeze_lowest(read(cfg.init), cfg.freeze_layers)
+    teacher = getattr(cfg, "teacher", None)
+    check_teacher(teacher, read(teacher), model)
 
 
 def _try_scores(p: Pipeline, model: Trunk) -> None:

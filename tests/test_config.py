@@ -38,7 +38,7 @@ def refused(*overrides):
         ),
         ("rl.reward={'a.py:f'=1, 'b.py:f'=1}", "names 'a.py:f' and 'b.py:f', both called f; rename one function"),
         ("eval.judges=['a.py:f', 'b.py:f']", "eval.judges names 'a.py:f' and 'b.py:f', both called f"),
-        ("optim.beta1=1.0", "optim.beta1 = 1.0; input should be less than 1"),
+        ("optim.beta1=1.0", "optim.beta1 = 1.0 (and 1 more); input should be less than 1"),
         ("data.test=0", "data.test = 0 leaves no rows for the table at the end; set it above 0"),
         ("data.rows=' '", "data: rows is empty; name one, or leave it out"),
         ("data.text=''", "data: text is empty"),

@@ -107,7 +107,7 @@ def test_later_stages_are_told_of_their_rows_and_models_before_the_first_trains(
         short_recipe,
         tmp_path / "c",
         DataError,
-        "no prompts left of 90: with no more than 20 words",
+        "no prompts left of 85: with no more than 20 words",
         "data.prompt_words=20",
         rows=rows,
     )

@@ -23,7 +23,7 @@ from upslope.errors import ModelError
 from upslope.models.attention import Layout, attend
 from upslope.models.ops import RMSNorm, SwiGLU
 from upslope.models.trunk import Trunk, draw_normal
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -151,7 +151,7 @@ class Decoder(Trunk):
             raise ModelError(
                 f"a sequence of {longest} tokens exceeds the model's context of {self.config.context}", "shorten it"
             )
-        positions = batch.positions.to(self.device)
+        positions = send(batch.positions, self.device)
         x = self.embed_tokens(batch.ids_N, positions)
         rope = self.rope(positions)
         layout = Layout(batch, self.device, self.config.sliding_window)

@@ -125,6 +125,11 @@ class LoadedModel:
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0
     ) -> str:
         """The assistant's next turn after some messages ({"role", "content"}), by the model's own chat template."""
+        if self.tokenizer.labels:
+            raise ModelError(
+                f"{self.source} chooses among {len(self.tokenizer.labels)} labels and says nothing else",
+                "use generate, whose answer is the label",
+            )
         ids = self.tokenizer.chat([dict(m) for m in messages])
         found = self.complete([ids], Sampling(max_tokens=max_tokens, temperature=temperature), samples=1, seed=seed)
         return self.tokenizer.decode(found[0].ids)

@@ -84,7 +84,7 @@ def test_a_judge_that_fails_here_and_there_judges(short_recipe, judges, tmp_path
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"metrics": ["verifier"]}, r"task.metrics: verifier: row \d+ is no puzzle"),
+        ({"metrics": ["verifier"]}, r"metric verifier: row \d+ is no puzzle"),
         ({"reference": "film", "metrics": ["rougeL"], "source": "text", "baseline": "copy"}, ""),
     ],
 )

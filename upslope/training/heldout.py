@@ -44,7 +44,7 @@ def reading_rows(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         what, _, remedy = str(error).partition(": ")
-        raise DataError(f"task.metrics: {name}: {what}", remedy) from None
+        raise DataError(f"metric {name}: {what}", remedy) from None
 
 
 class MetricSource:

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from upslope.config import Recipe
+from upslope.config.metrics import METRICS
 from upslope.errors import DataError, Interrupted, RewardError
 from upslope.evaluate import estimates, table_rows
 from upslope.models.trunk import Trunk
@@ -22,6 +23,7 @@ from upslope.training.closing import baseline_answers
 from upslope.training.data import make_prompts, preference_pairs, require_room, supervised_examples
 from upslope.training.episode import Episode
 from upslope.training.final import Trial
+from upslope.training.heldout import MetricSource
 from upslope.training.parts import Pipeline, check_teacher
 from upslope.training.scoring import FunctionSource, Scorer, Source
 from upslope.training.state import freeze_lowest
@@ -137,7 +139,8 @@ def _try_scores(p: Pipeline, model: Trunk) -> None:
     finally:
         metrics.close()
     for where, name, stage in _named(p):
-        source = p.source(name, stage)
+        own = METRICS[name].source if name in METRICS else None
+        source = MetricSource(name, own) if own and ":" in own else p.source(name, stage)  # ours needs no process
         try:
             _try_source(where, source, likely, rows)
         finally:
@@ -157,12 +160,14 @@ def _good_answers(p: Pipeline, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _named(p: Pipeline) -> Iterator[tuple[str, str, str]]:
-    """(key, name, stage) of the rewards and judges, each once."""
+    """(key, name, stage) of the rewards and judges, each once, but for those of the stage that is about to begin."""
     recipe, seen = p.recipe, set()
+    first = next(step for step in recipe.steps if not p.run.done(step))
     rewards = recipe.rl.rewards if recipe.rl else {}
     asked = [("rl.reward", name, "rl") for name in rewards]
     asked += [("expert.reward", name, "expert") for name in recipe.expert_rewards]
     asked += [("eval.judges", name, "eval") for name in (recipe.eval.judges if recipe.evaluated else ())]
+    seen |= {name for where, name, stage in asked if stage == first}
     for where, name, stage in asked:
         if name not in seen and not (name.startswith("stage:") and not p.run.done("reward")):
             seen.add(name)

@@ -53,7 +53,7 @@ def refused(*overrides):
         ("rl.reward={'a:b'='x'}", "rl.reward.a:b = 'x'; input should be a valid number"),
         ("rl=3", "rl = 3; write a table"),
         ("data.max_tokens=64", "rl.max_tokens = 64 leaves no room for a prompt within data.max_tokens = 64"),
-        ("eval.judges=['stage:reward']", "eval.judges names 'stage:reward' but there is no [reward] table"),
+        ("eval.judges=['stage:reward']", "eval.judges is stage:reward but there is no [reward] table"),
         ("task.prompt='{t!z}'", "formats its field 't', which is taken as it is; write {t}"),
         ("task.prompt='{t:>9}'", "formats its field 't'"),
         ("rl.slots=8", "unknown key 'rl.slots'; did you mean 'limits.slots'?"),

@@ -64,7 +64,7 @@ def refused(recipe, out, error, message, *over, rows=None):
         ("nowhere.at_all:f", RewardError, r"No module named 'nowhere'; name module:function"),
         ("language:xx", RewardError, "language 'xx' is none of"),
         ("likelihood:/nowhere", DataError, "no such file or folder: /nowhere"),
-        ("stage:reward", RecipeError, r"eval.judges names 'stage:reward' but there is no \[reward\] table"),
+        ("stage:reward", RecipeError, r"eval.judges is stage:reward but there is no \[reward\] table"),
     ],
 )
 def test_a_judge_that_cannot_judge_is_told_before_anything_is_trained(
@@ -179,3 +179,11 @@ def test_a_reward_that_no_stage_asks_is_refused(short_recipe, rows, tmp_path):
     del short_recipe["rl"]
     with pytest.raises(RecipeError, match=r"no stage of the recipe asks one; add a table \[rl\] or \[expert\]"):
         upslope.train(short_recipe, reward=len, rows=rows, out=tmp_path / "run", plain=True)
+
+
+def test_the_reward_model_may_be_a_metric_and_a_judge_that_the_rehearsal_waits_for(recipe, rows, tmp_path):
+    recipe["rl"] |= {"steps": 1, "epochs": 1, "minibatches": 1, "reward": "distinct_words"}
+    recipe |= {"sft": None, "task": {"metrics": ["stage:reward"]}, "eval": {"prompts": 4, "judges": ["stage:reward"]}}
+    folder = upslope.train({k: v for k, v in recipe.items() if v}, rows=rows, out=tmp_path / "run", plain=True)
+    table = next(e for e in read_events(folder / "events.jsonl") if e["kind"] == "table" and e["stage"] == "eval")
+    assert {"task: learned", "judge: learned"} <= {row[0] for row in table["rows"]}

@@ -138,10 +138,6 @@ class Recipe(Table):
             check_source(source, where, reward=reward, reference=self.task.reference is not None)
         for judge in self.eval.judges:
             check_source(judge, "eval.judges", reward=True, reference=self.task.reference is not None)
-            if judge.startswith("stage:") and not self.reward:
-                raise ValueError(
-                    f"eval.judges names {judge!r} but there is no [reward] table: add it or remove the judge"
-                )
         if (self.task.metrics or self.task.baseline) and self.policy_stages and not self.has_prompts:
             raise ValueError("[task] has no prompts to measure on: set task.prompt or data.prompt")
         return self
@@ -183,14 +179,13 @@ class Recipe(Table):
             raise ValueError(f"name = {self.name!r} leads out of the folder runs: choose another, or say where with -o")
         if not self.stages:
             raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")
-        for table, rewards in (("rl", self.rl.rewards if self.rl else {}), ("expert", self.expert_rewards)):
-            for source in rewards:
+        asked = {"rl.reward": self.rl.rewards if self.rl else (), "expert.reward": self.expert_rewards}
+        for key, names in {**asked, "task.metrics": self.task.metrics, "eval.judges": self.eval.judges}.items():
+            for source in names:
                 if source == "stage:reward" and not self.reward:
-                    raise ValueError(
-                        f"{table}.reward is stage:reward but there is no [reward] table: add it or name a function"
-                    )
+                    raise ValueError(f"{key} is stage:reward but there is no [reward] table: add it or name a function")
                 if source.startswith("stage:") and source != "stage:reward":
-                    raise ValueError(f"{table}.reward names {source!r}; the one stage that is a reward is stage:reward")
+                    raise ValueError(f"{key} names {source!r}; the one stage that is a reward is stage:reward")
         if self.expert and not self.expert_rewards:
             raise ValueError("[expert] has nothing to choose by: set expert.reward")
         for stage in ("reward", "preference"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -175,8 +175,8 @@ class Pipeline:
         """Check that measured completions fit a model's context. Raises DataError, with the first row that does not."""
         require_room(model, side, ((p.number, len(p.ids), self.recipe.max_completion) for p in prompts))
 
-    def task_metrics(self) -> TaskMetrics:
-        """The metrics of [task]: the named ones in this process, functions of the user's in theirs."""
+    def task_metrics(self, without: Collection[str] = ()) -> TaskMetrics:
+        """The metrics of [task] but some: the named ones in this process, functions of the user's in theirs."""
 
         def source(name: str) -> Source:
             named = METRICS.get(name)
@@ -184,7 +184,7 @@ class Pipeline:
                 return MetricSource(name, named.source)
             return self.source(name, "eval")
 
-        return TaskMetrics(self.recipe.task.metrics, source)
+        return TaskMetrics([name for name in self.recipe.task.metrics if name not in without], source)
 
     def watched(self, stage: str) -> Watched | None:
         """What [task] measures on the way, on the validation side; None where it measures nothing."""

@@ -124,7 +124,7 @@ def _try_scores(p: Pipeline, model: Trunk) -> None:
     prompts = _prompts(p)
     rows = [prompt.row for prompt in prompts]
     sampling = replace(p.sampling(), max_tokens=min(TOKENS, p.recipe.max_completion))
-    nothing, metrics = Scorer([], [], 1.0), p.task_metrics()
+    nothing, metrics = Scorer([], [], 1.0), p.task_metrics(without=_to_come(p))
     try:
         is_kl = sampling.temperature == p.limit("temperature")
         trial = Trial(prompts, sampling, nothing, nothing, metrics, model, p.tokenizer, own_distribution=is_kl)
@@ -159,6 +159,11 @@ def _good_answers(p: Pipeline, prompts: Sequence[Prompt]) -> list[str]:
     return [references(prompt.row)[0] if COLUMN in prompt.row else prompt.text for prompt in prompts]
 
 
+def _to_come(p: Pipeline) -> tuple[str, ...]:
+    """Scores by models that the run has yet to train."""
+    return () if p.run.done("reward") else ("stage:reward",)
+
+
 def _named(p: Pipeline) -> Iterator[tuple[str, str, str]]:
     """(key, name, stage) of the rewards and judges, each once, but for those of the stage that is about to begin."""
     recipe, seen = p.recipe, set()
@@ -169,7 +174,7 @@ def _named(p: Pipeline) -> Iterator[tuple[str, str, str]]:
     asked += [("eval.judges", name, "eval") for name in (recipe.eval.judges if recipe.evaluated else ())]
     seen |= {name for where, name, stage in asked if stage == first}
     for where, name, stage in asked:
-        if name not in seen and not (name.startswith("stage:") and not p.run.done("reward")):
+        if name not in seen and name not in _to_come(p):
             seen.add(name)
             yield where, name, stage
 

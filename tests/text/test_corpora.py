@@ -97,11 +97,23 @@ def test_spelling_puts_one_real_misspelling_into_each_sentence():
 
 
 def test_words_are_those_in_use_the_most_used_first():
-    assert corpora.corpus("words") == [
-        {"definition": "a feline mammal", "word": "feline", "words": ["feline", "cat"], "kind": "noun"},
-        {"definition": "a canine mammal", "word": "dog", "words": ["dog"], "kind": "noun"},
-        {"definition": "go after", "word": "chase", "words": ["chase"], "kind": "verb"},
+    found = [(r["definition"], r["word"], r["words"], r["kind"], r["family"]) for r in corpora.corpus("words")]
+    assert found == [
+        ("a feline mammal", "feline", ["feline", "cat"], "noun", "felin"),
+        ("a canine mammal", "dog", ["dog"], "noun", "dog"),
+        ("go after", "chase", ["chase"], "verb", "chas"),
     ]
+
+
+def test_a_words_kin_are_one_family_and_so_on_one_side_of_a_split(monkeypatch):
+    kin = ["receive", "receiver", "receiving", "received"]
+    others = ["necessary", "necessarily", "happy", "happiness"]
+    texts = "; ".join(f'"we saw {word} number {n}"' for word in kin + others for n in range(5))
+    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.verb", f"00000001 30 v 01 chase 0 000 | go; {texts}  \n")
+    monkeypatch.setitem(FILES, corpora.CODESPELL, "".join(f"{word}x->{word}\n" for word in kin + others))
+    rows = [row for row in corpora.corpus("spelling") if "number" in row["right"]]
+    families = {row["word"]: row["family"] for row in rows}
+    assert len(families) == 8 and len(set(families.values())) == 3 and len({families[word] for word in kin}) == 1
 
 
 def test_translations_are_whole_sentences_one_to_one():

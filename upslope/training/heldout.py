@@ -8,7 +8,8 @@ fallen, both beyond chance, an alarm is recorded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 from upslope.config import source_name
 from upslope.config.metrics import METRICS, falls, judges
 from upslope.engine import Engine, Sampling
+from upslope.errors import DataError
 from upslope.evaluate import Estimate, estimate, interval
 from upslope.models.trunk import Trunk
 from upslope.rewards.corpus import SETS, Statistic
@@ -35,6 +37,16 @@ HELD_OUT_STEP = 2**29  # a rollout number of its own: these random numbers are n
 REWARD = "reward"
 
 
+@contextmanager
+def reading_rows(name: str) -> Iterator[None]:
+    """What a named metric refuses are its rows: a ValueError "what: remedy" becomes a DataError."""
+    try:
+        yield
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": ")
+        raise DataError(f"metric {name}: {what}", remedy) from None
+
+
 class MetricSource:
     """A named metric, computed in this process: it is upslope's own code over well-kept libraries."""
 
@@ -43,7 +55,8 @@ class MetricSource:
         self.function = load_function(source)
 
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput:
-        scores = self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
+        with reading_rows(self.name):
+            scores = self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
         return RewardOutput(np.array(scores, dtype=np.float64), [None] * len(episodes))
 
     def close(self) -> None:
@@ -77,7 +90,8 @@ class TaskMetrics:
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> Measured:
         scores = {name: np.asarray(source(episodes, rows).score_B) for name, source in self.sources.items()}
         texts = [e.completion for e in episodes]
-        return Measured(scores, {name: SETS[str(kind)](texts, rows) for name, kind in self.sets.items()})
+        with reading_rows(", ".join(self.sets)):
+            return Measured(scores, {name: SETS[str(kind)](texts, rows) for name, kind in self.sets.items()})
 
     def close(self) -> None:
         for source in self.sources.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -136,6 +136,8 @@ class Pipeline:
             return LearnedSource(label, model, self.tokenizer.eos_id, budget, stop)
         if word == "likelihood":
             judge = load_model(resolve(argument), dtype=self.run.dtype)
+            if judge.masks:
+                raise ModelError(f"{name}: an encoder writes no text and has no likelihood", "name a language model")
             judge.compute_dtype = self.run.dtype
             judge.to(self.run.device).requires_grad_(False)
             tokenizer = Tokenizer.load(resolve(argument), for_sources=judge.needs_source)
@@ -200,8 +202,8 @@ class Pipeline:
         """Check that measured completions fit a model's context. Raises DataError, with the first row that does not."""
         require_room(model, side, ((p.number, len(p.ids), self.recipe.max_completion) for p in prompts))
 
-    def task_metrics(self) -> TaskMetrics:
-        """The metrics of [task]: the named ones in this process, functions of the user's in theirs."""
+    def task_metrics(self, without: Collection[str] = ()) -> TaskMetrics:
+        """The metrics of [task] but some: the named ones in this process, functions of the user's in theirs."""
 
         def source(name: str) -> Source:
             named = METRICS.get(name)
@@ -209,7 +211,7 @@ class Pipeline:
                 return MetricSource(name, named.source)
             return self.source(name, "eval")
 
-        return TaskMetrics(self.recipe.task.metrics, source)
+        return TaskMetrics([name for name in self.recipe.task.metrics if name not in without], source)
 
     def watched(self, stage: str) -> Watched | None:
         """What is measured on the way, on the validation side: [task], or for rl.best_by the reward alone."""
@@ -231,3 +233,14 @@ class Pipeline:
         finally:
             if watched:
                 watched.close()
+
+
+def check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
+    """A teacher and its student choose among the same tokens. Raises ModelError."""
+    if source is None or teacher is None:
+        return
+    if teacher.config.vocab_size != policy.config.vocab_size:
+        raise ModelError(
+            f"the teacher {source} has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}",
+            "choose a teacher of the same vocabulary",
+        )

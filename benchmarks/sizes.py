@@ -138,16 +138,20 @@ GPU = replace(
     rows=320,
     growth_tokens=16_384,
     matrix=8192,
+    rounds=3,
     peer_micro=64,
     decode_rows=(64, 512),
-    train_tokens=1 << 17,
+    train_tokens=1 << 16,
     train_micro=(1 << 15, 1 << 16),
     copy_bytes=1 << 31,
 )
 
 SMOKE = Size(
     name="smoke",
-    models={"tiny": Shape(64, 2, 2, 1, 96, 512, context=256)},
+    models={
+        "tiny": Shape(64, 2, 2, 1, 96, 512, context=256),
+        "tiny-qwen2": Shape(64, 2, 2, 1, 96, 512, context=256, qkv_bias=True),
+    },
     tokenizer=400,
     files=4,
     slots=4,

@@ -66,10 +66,13 @@ def measure(result: dict[str, Any], row: Row) -> Measured | None:
 
 
 def newest(results: Sequence[dict[str, Any]]) -> list[Measured]:
-    """Every row as the newest of some results has it. All must be of one machine, device, dtype, model and size."""
+    """Every row that is asked for on their device, as the newest of some results has it.
+
+    All must be of one machine, device, dtype, model and size.
+    """
     ordered = sorted(results, key=lambda result: result["made"])
     found = []
-    for row in ROWS:
+    for row in (row for row in ROWS if results[0]["device"] in row.on):
         candidates = [m for m in (measure(result, row) for result in ordered) if m is not None]
         if candidates:
             found.append(candidates[-1])

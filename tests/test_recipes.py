@@ -7,6 +7,7 @@ import pytest
 import upslope
 from tests.conftest import make_rows
 from upslope.config import load_recipe, shipped_recipes
+from upslope.config.recipe import source_name
 from upslope.observe.events import read_events
 
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
@@ -26,6 +27,11 @@ ROWS = {
     "lstm-ppo": SNIPPETS,
     "spelling-correction": [
         {"wrong": f"the {w}{w[-1]} number {n} is here", "right": f"the {w} number {n} is here", "word": f"{w}{n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "spelling-encdec": [
+        {"typo": f"{w}{w[-1]}{'ab'[n % 2]}{n // 2}", "word": f"{w}{'ab'[n % 2]}{n // 2}"}
         for n in range(12)
         for w in WORDS
     ],
@@ -50,6 +56,27 @@ ROWS = {
         for n in range(12)
         for w in WORDS
     ],
+    "translation": [
+        {"german": f"Das ist Nummer {n} von {w}.", "english": f"This is number {n} of {w}."}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "style-kjv": [
+        {"king_james": f"And {n} {w} are good.", "modern": f"{n} {w} are good.", "book": f"{w} {n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "summarisation": [
+        {"description": f"This is a package for {w} with {n} parts.", "synopsis": f"{w} {n}", "source": f"{w}{n % 4}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "dialogue": [
+        {"said": f"Do you like the {w}?", "reply": f"Yes, {n} of them.", "conversation": f"{w} {n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "fluency": SNIPPETS,
 }
 SMOKE = (
     "dtype=fp32",
@@ -69,7 +96,7 @@ def test_each_recipe_has_rows_to_be_tried_with():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
+def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_dir):
     recipe = load_recipe(name)
     if "verifier" in recipe.task.metrics:
         pytest.importorskip("reasoning_gym")
@@ -84,11 +111,14 @@ def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
         over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
+    if any(source.startswith("likelihood:") for source in recipe.rl.rewards):  # a judge that needs no network
+        others = [f"{s} = {w}" for s, w in recipe.rl.rewards.items() if not s.startswith("likelihood:")]
+        over += ["rl.reward={" + ", ".join([f'"likelihood:{model_dir}" = 1.0', *others]) + "}"]
     folder = upslope.train(name, *over, rows=ROWS[name], out=tmp_path / "run", plain=True)
     events = read_events(folder / "events.jsonl")
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     names = [row[0] for row in table["rows"]]
-    measured = [*recipe.task.metrics, *(["mrr"] if recipe.data.passages else [])]
+    measured = [*map(source_name, recipe.task.metrics), *(["mrr"] if recipe.data.passages else [])]
     assert [f"task: {metric}" for metric in measured] == [n for n in names if n.startswith("task: ")]
     assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
     assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]

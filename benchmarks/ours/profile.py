@@ -61,7 +61,7 @@ def profile(job: Job, function: Callable[[], Any]) -> Profile:
     kernels: dict[str, tuple[float, float]] = {}
     for entry in found.key_averages():
         on_device = str(entry.device_type).endswith("CUDA")
-        if on_device == cuda:
+        if on_device == cuda and not getattr(entry, "is_user_annotation", False):  # a range around kernels, not one
             took = entry.self_device_time_total if cuda else entry.self_cpu_time_total
             if took > 0:
                 kernels[entry.key] = (float(entry.count), 1e-6 * took)

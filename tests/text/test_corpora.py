@@ -1,6 +1,8 @@
 """Corpora from small made-up packages: what is taken, what is left, and that the same package gives the same rows."""
 
 import json
+import struct
+import zlib
 
 import pytest
 
@@ -31,11 +33,52 @@ FILES = {
 }
 
 
+def module(*entries):
+    """The three files of a testament in one block: what index, places and packed text say of these entries."""
+    plain, places = b"", b""
+    for text in entries:
+        places += struct.pack("<IIH", 0, len(plain), len(text.encode()))
+        plain += text.encode()
+    packed = zlib.compress(plain)
+    return {"bzs": struct.pack("<III", 0, len(packed), len(plain)), "bzv": places, "bzz": packed}
+
+
+GENESIS = '<chapter n="1" osisID="Gen.1" sID="Gen.1"/>'
+MODULES = {
+    corpora.KING_JAMES: module(
+        "",
+        '<div type="book"/>',
+        GENESIS,
+        'In the <w lemma="H7225">beginning</w> God made.',
+        "<q>¶ And</q> it was so.",
+        "",
+    ),
+    corpora.MODERN: module(
+        '<div type="front"/>A preface.',
+        GENESIS,
+        "<title>Psalm</title>“In the beginning, God<note>in Hebrew</note>made.<l/>All &amp; more.<note>x</note>”",
+        '<chapter eID="Gen.1"/>An appendix.',
+        "A verse of one only.",
+    ),
+}
+FILES |= {
+    f"{name}/{side}.{end}": data
+    for name, files in MODULES.items()
+    for side in ("ot", "nt")
+    for end, data in files.items()
+}
+TURNS = [["Hi", "there"], ["Hello."], ["How  are you?"]]
+CHATS = {"a": {"messages": [[{"text": text} for text in turn] for turn in TURNS], "prompt": "What if?"}}
+CHATS["b"] = {"messages": [[{"text": "nobody answers"}]], "prompt": "Why?"}
+FILES[corpora.CHATS] = json.dumps(CHATS)
+
+
 @pytest.fixture(autouse=True)
 def packages(tmp_path, monkeypatch):
     def resolve(source):
         path = tmp_path / source.replace("/", "_")
-        path.write_text(FILES[source], encoding="utf-8")
+        data = FILES[source]
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
         return path
 
     monkeypatch.setattr(corpora, "resolve", resolve)
@@ -54,11 +97,23 @@ def test_spelling_puts_one_real_misspelling_into_each_sentence():
 
 
 def test_words_are_those_in_use_the_most_used_first():
-    assert corpora.corpus("words") == [
-        {"definition": "a feline mammal", "word": "feline", "words": ["feline", "cat"], "kind": "noun"},
-        {"definition": "a canine mammal", "word": "dog", "words": ["dog"], "kind": "noun"},
-        {"definition": "go after", "word": "chase", "words": ["chase"], "kind": "verb"},
+    found = [(r["definition"], r["word"], r["words"], r["kind"], r["family"]) for r in corpora.corpus("words")]
+    assert found == [
+        ("a feline mammal", "feline", ["feline", "cat"], "noun", "felin"),
+        ("a canine mammal", "dog", ["dog"], "noun", "dog"),
+        ("go after", "chase", ["chase"], "verb", "chas"),
     ]
+
+
+def test_a_words_kin_are_one_family_and_so_on_one_side_of_a_split(monkeypatch):
+    kin = ["receive", "receiver", "receiving", "received"]
+    others = ["necessary", "necessarily", "happy", "happiness"]
+    texts = "; ".join(f'"we saw {word} number {n}"' for word in kin + others for n in range(5))
+    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.verb", f"00000001 30 v 01 chase 0 000 | go; {texts}  \n")
+    monkeypatch.setitem(FILES, corpora.CODESPELL, "".join(f"{word}x->{word}\n" for word in kin + others))
+    rows = [row for row in corpora.corpus("spelling") if "number" in row["right"]]
+    families = {row["word"]: row["family"] for row in rows}
+    assert len(families) == 8 and len(set(families.values())) == 3 and len({families[word] for word in kin}) == 1
 
 
 def test_translations_are_whole_sentences_one_to_one():
@@ -116,6 +171,43 @@ def test_the_newswire_is_the_beginning_of_each_story(tmp_path, monkeypatch):
         "source": "fab industries inc",
     }
     assert second == {"text": "ussr buys", "topic": "grain", "source": "ussr buys"}
+
+
+def test_verses_stand_side_by_side_without_their_marks():
+    rows = corpora.corpus("bible")
+    assert rows[0] == {
+        "king_james": "In the beginning God made.",
+        "modern": "“In the beginning, God made. All & more.”",
+        "book": "Gen",
+        "chapter": 1,
+        "verse": 1,
+    }
+    assert [(r["verse"], r["king_james"], r["modern"]) for r in rows[1:3]] == [
+        (2, "And it was so.", ""),
+        (3, "", "A verse of one only."),
+    ]
+
+
+@pytest.mark.parametrize("end", ["bzs", "bzv", "bzz"])
+def test_a_damaged_module_is_told(end, monkeypatch):
+    name = f"{corpora.KING_JAMES}/ot.{end}"
+    monkeypatch.setitem(FILES, name, FILES[name][:-3])
+    with pytest.raises(DataError, match=r"is no whole module of SWORD"):
+        corpora.corpus("bible")
+
+
+def test_replies_follow_what_was_said_and_a_turn_is_all_that_one_says():
+    assert corpora.corpus("dialogue") == [
+        {"before": "", "said": "Hi there", "reply": "Hello.", "conversation": "a", "about": "What if?"},
+        {"before": "Hi there", "said": "Hello.", "reply": "How are you?", "conversation": "a", "about": "What if?"},
+    ]
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", '{"a": {"messages": [[{}]]}}', '{"a": {"messages": 1}}'])
+def test_damaged_conversations_are_told(damaged, monkeypatch):
+    monkeypatch.setitem(FILES, corpora.CHATS, damaged)
+    with pytest.raises(DataError, match="holds no conversations"):
+        corpora.corpus("dialogue")
 
 
 def test_a_corpus_is_rows_like_any_other_and_a_wrong_name_is_told():

@@ -64,6 +64,13 @@ def test_labels_are_learned_and_counted_on_unseen_rows(finished):
     assert config["id2label"] == {"0": "bad", "1": "good", "2": "so-so"}
     model = upslope.load(finished / "sft" / "model", dtype="fp32")
     assert model.generate(["a lovely film, number 7", "a grim film, number 3"], temperature=0.0) == ["good", "bad"]
+    with pytest.raises(ModelError, match=r"chooses among 3 labels and says nothing else; use generate"):
+        model.chat([{"role": "user", "content": "a lovely film"}])
+
+
+def test_a_run_folder_as_the_model_of_a_recipe_is_told_what_is_in_it(finished, tmp_path):
+    with pytest.raises(ModelError, match=r"has no config.json; name a model of that run: .*rl/model, .*sft/model"):
+        train(tmp_path / "run", model=str(finished))
 
 
 def test_an_episode_is_one_action_that_ends_it(finished):

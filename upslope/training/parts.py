@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from upslope.config import POLICY_STAGES, RL, Recipe, source_name
+from upslope.config import POLICY_STAGES, RL, Optim, Recipe, source_name
 from upslope.config.metrics import METRICS
 from upslope.engine import Engine, Sampling
 from upslope.errors import ModelError
@@ -30,6 +30,27 @@ from upslope.training.heldout import MetricSource, TaskMetrics, Watched
 from upslope.training.judges import LikelihoodSource, SimilaritySource
 from upslope.training.run import Run
 from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source
+
+TOKENS_PER_GB = 192  # of a GPU: 16k tokens on a card of 85 GB
+
+
+def with_room(recipe: Recipe, gpu_gb: float) -> Recipe:
+    """The recipe with micro-batches that suit a GPU of so many GB, wherever it does not say how many tokens they have.
+
+    The default is made for a CPU; on a GPU a small micro-batch leaves most of it idle. No result depends on it.
+    """
+    tokens = max(Optim().micro_tokens, int(TOKENS_PER_GB * gpu_gb))
+
+    def larger(optim: Optim) -> Optim:
+        known = "micro_tokens" in optim.model_fields_set
+        return optim if known else optim.model_copy(update={"micro_tokens": tokens})
+
+    changed: dict[str, Any] = {"optim": larger(recipe.optim)}
+    for name in recipe.stages:
+        stage = getattr(recipe, name)
+        if hasattr(stage, "optim"):
+            changed[name] = stage.model_copy(update={"optim": larger(stage.optim)})
+    return recipe.model_copy(update=changed)
 
 
 @dataclass
@@ -115,6 +136,8 @@ class Pipeline:
             return LearnedSource(label, model, self.tokenizer.eos_id, budget, stop)
         if word == "likelihood":
             judge = load_model(resolve(argument), dtype=self.run.dtype)
+            if judge.masks:
+                raise ModelError(f"{name}: an encoder writes no text and has no likelihood", "name a language model")
             judge.compute_dtype = self.run.dtype
             judge.to(self.run.device).requires_grad_(False)
             tokenizer = Tokenizer.load(resolve(argument), for_sources=judge.needs_source)
@@ -179,8 +202,8 @@ class Pipeline:
         """Check that measured completions fit a model's context. Raises DataError, with the first row that does not."""
         require_room(model, side, ((p.number, len(p.ids), self.recipe.max_completion) for p in prompts))
 
-    def task_metrics(self) -> TaskMetrics:
-        """The metrics of [task]: the named ones in this process, functions of the user's in theirs."""
+    def task_metrics(self, without: Collection[str] = ()) -> TaskMetrics:
+        """The metrics of [task] but some: the named ones in this process, functions of the user's in theirs."""
 
         def source(name: str) -> Source:
             named = METRICS.get(name)
@@ -188,11 +211,12 @@ class Pipeline:
                 return MetricSource(name, named.source)
             return self.source(name, "eval")
 
-        return TaskMetrics(self.recipe.task.metrics, source)
+        return TaskMetrics([name for name in self.recipe.task.metrics if name not in without], source)
 
     def watched(self, stage: str) -> Watched | None:
-        """What [task] measures on the way, on the validation side; None where it measures nothing."""
-        if not self.recipe.task.metrics:
+        """What is measured on the way, on the validation side: [task], or for rl.best_by the reward alone."""
+        by_reward = stage == "rl" and self.recipe.rl is not None and self.recipe.rl.best_by is not None
+        if not self.recipe.task.metrics and not by_reward:
             return None
         prompts = make_prompts(self.run, self.held_out, self.tokenizer, "held-out", stage)
         prompts = prompts[: self.recipe.eval.watched]
@@ -209,3 +233,14 @@ class Pipeline:
         finally:
             if watched:
                 watched.close()
+
+
+def check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
+    """A teacher and its student choose among the same tokens. Raises ModelError."""
+    if source is None or teacher is None:
+        return
+    if teacher.config.vocab_size != policy.config.vocab_size:
+        raise ModelError(
+            f"the teacher {source} has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}",
+            "choose a teacher of the same vocabulary",
+        )

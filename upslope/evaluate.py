@@ -36,7 +36,7 @@ class Outcome:
     """What one model, or a baseline, makes of P prompts.
 
     scores: name -> one value a prompt; sets: name -> a statistic of a whole set; nll, tokens and KL (nan where there is
-    none) of each completion.
+    none) of each completion; choices: whether these are choices, of which no fluency, diversity or length is told.
     """
 
     completions: list[str]
@@ -46,6 +46,7 @@ class Outcome:
     kl_P: np.ndarray
     ended_P: np.ndarray
     sets: dict[str, Statistic] = field(default_factory=dict)
+    choices: bool = False
 
     def statistics(self) -> dict[str, tuple[Statistic, int]]:
         """Name -> (statistic over drawn prompts, digits shown). A failed reward (nan) is left out of its mean."""
@@ -54,6 +55,8 @@ class Outcome:
             table[name] = (lambda i, v=values: _mean(v[i]), _digits(name))  # type: ignore[misc]
         table |= {name: (statistic, _digits(name)) for name, statistic in self.sets.items()}
         table["KL to the start, nats"] = (lambda i: float(self.kl_P[i].mean()), 2)
+        if self.choices:
+            return table
         nll, tokens = self.base_nll_P, self.tokens_P
         table["perplexity, original model"] = (lambda i: float(np.exp(nll[i].sum() / tokens[i].sum())), 1)
         for n in (1, 2):

@@ -127,6 +127,7 @@ def test_passages_are_learned_and_ranked_on_unseen_rows(finished):
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     shown = {row[0]: row[1:] for row in table["rows"]}
     assert table["columns"] == ["", "baseline", "before", "after", "change"] and "task: mrr" in shown
+    assert "distinct-1" not in shown and "perplexity, original model" not in shown  # of numbers they say nothing
     assert shown["task: accuracy"][0].startswith("1.000")  # the words of these rows tell
     for line in (finished / "episodes.jsonl").read_text().splitlines():
         episode = json.loads(line)

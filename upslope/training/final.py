@@ -90,6 +90,7 @@ class Trial:
                 scores[f"{kind}: {source.name}"] = np.asarray(source(episodes, rows).score_B, dtype=np.float64)
         if self.tokenizer.separator is not None and REFERENCE in rows[0]:
             scores["task: mrr"] = self._ranks(episodes, policy)
+        choices = bool(self.tokenizer.labels)
         kl_P = np.full(len(episodes), np.nan)
         if policy is not None and start is not None and self.own_distribution:
             own = completion_logprobs(policy, episodes, self.sampling.temperature)
@@ -98,11 +99,12 @@ class Trial:
         return Outcome(
             completions=[e.completion for e in episodes],
             scores=scores,
-            base_nll_P=-completion_logprobs(self.base, episodes, 1.0),
+            base_nll_P=kl_P * np.nan if choices else -completion_logprobs(self.base, episodes, 1.0),
             tokens_P=np.array([len(e.actions) for e in episodes], dtype=np.float64),
             kl_P=kl_P,
             ended_P=np.array([e.terminal for e in episodes], dtype=np.float64),
             sets={f"task: {name}": statistic for name, statistic in measured.sets.items()},
+            choices=choices,
         )
 
     def _ranks(self, episodes: Sequence[Episode], policy: Trunk | None) -> np.ndarray:

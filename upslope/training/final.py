@@ -99,7 +99,7 @@ class Trial:
         return Outcome(
             completions=[e.completion for e in episodes],
             scores=scores,
-            base_nll_P=kl_P * np.nan if choices else -completion_logprobs(self.base, episodes, 1.0),
+            base_nll_P=np.full_like(kl_P, np.nan) if choices else -completion_logprobs(self.base, episodes, 1.0),
             tokens_P=np.array([len(e.actions) for e in episodes], dtype=np.float64),
             kl_P=kl_P,
             ended_P=np.array([e.terminal for e in episodes], dtype=np.float64),

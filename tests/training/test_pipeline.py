@@ -206,7 +206,7 @@ def raises(prompts, completions, rows):
         ({"over": ["data.min_chars=9999"]}, DataError, "no rows left"),
         ({"over": ["rl.max_tokens=63", "data.max_tokens=200"]}, DataError, "exceeds the model's context of 64"),
         ({"over": ["sft.freeze_layers=3"]}, RecipeError, "the model has 2 blocks"),
-        ({"over": ["data.max_tokens=3", "rl.max_tokens=2"]}, DataError, "no examples left"),
+        ({"over": ["data.max_tokens=3", "rl.max_tokens=2"]}, DataError, "no pairs left"),
     ],
 )
 def test_bad_input_is_one_line(recipe, rows, tmp_path, changes, error, message):

@@ -141,7 +141,7 @@ GPU = replace(
     peer_micro=64,
     decode_rows=(64, 512),
     train_tokens=1 << 17,
-    train_micro=(1 << 14, 1 << 15),
+    train_micro=(1 << 15, 1 << 16),
     copy_bytes=1 << 31,
 )
 

@@ -19,7 +19,7 @@ from upslope.models.runner import DecoderRunner
 from upslope.models.trunk import Cache, Runner, Trunk, tokens_seen
 from upslope.ragged import Ragged
 
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}  # prompt tokens computed at once
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens computed at once
 PIECE = 8  # tokens decoded to look for a stop text: as many as its characters, and these for its edges
 
 
@@ -136,22 +136,28 @@ class Engine:
                 tokens += len(hidden)
                 _retire(scheduler, [before + slot for slot in self._extend(batch, [hidden], step)], [cache])
             if scheduler.running:
-                drawn = self.graphs.run(scheduler.running, scheduler.requests, self.seed, step)
-                found = [t.t().tolist() for t in drawn]
-                ended = []
-                for slot, (completion, ids, logp) in enumerate(zip(scheduler.running, *found, strict=True)):
-                    tokens -= len(completion.ids)
-                    if self._take(completion, scheduler.requests[completion.request], ids, logp):
-                        ended.append(slot)
-                    tokens += len(completion.ids)
+                ids, logp = self.graphs.run(scheduler.running, scheduler.requests, self.seed, step)
+                found = zip(scheduler.running, ids.t().tolist(), logp.t().tolist(), self._until_end(ids), strict=True)
+                before = sum(len(c.ids) for c in scheduler.running)
+                ended = [slot for slot, (c, *drawn) in enumerate(found) if self._take(c, scheduler.requests, *drawn)]
+                tokens += sum(len(c.ids) for c in scheduler.running) - before
                 _retire(scheduler, ended, [cache])
             yield tokens
 
-    def _take(self, completion: Completion, request: Request, ids: list[int], logp: list[float]) -> bool:
-        """Append drawn tokens up to the one that ends the completion; whether one does."""
-        ids = ids[: request.sampling.max_tokens - len(completion.ids)]
-        at_once = 1 if request.sampling.stop else next((i for i, t in enumerate(ids, 1) if t in self.eos), len(ids))
-        for start in range(0, len(ids), at_once):
+    def _until_end(self, ids_KS: Tensor) -> list[int]:
+        """How many tokens each slot has up to the first that ends it, that one included."""
+        ends = torch.isin(ids_KS, torch.tensor(sorted(self.eos), dtype=torch.int64))
+        ends[-1] = True
+        return (ends.to(torch.uint8).argmax(0) + 1).tolist()
+
+    def _take(
+        self, completion: Completion, requests: Sequence[Request], ids: list[int], logp: list[float], count: int
+    ) -> bool:
+        """Append `count` drawn tokens, or as many as there may be; whether the completion ends with one of them."""
+        request = requests[completion.request]
+        count = min(count, request.sampling.max_tokens - len(completion.ids))
+        at_once = 1 if request.sampling.stop else count
+        for start in range(0, count, at_once):
             completion.ids += ids[start : start + at_once]
             completion.logp += logp[start : start + at_once]
             finish = self._finish(completion, request)

@@ -8,6 +8,7 @@ it is thrown away: its random numbers are its own, so that no other completion i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Graphs:
         self.cache = runner.new_cache(0, 0)
         self.capacity = 0
         self.recorded: dict[int, Callable[[], None]] = {}
-        self.pool: tuple[int, int] | None = None  # the work space of all sizes
+        self.pool: Any = None  # the work space of all sizes
 
     @staticmethod
     def serve(runner: object, requests: Sequence[Request]) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upslope.kernels import cpu, gpu
 from upslope.models.ops import rotate
@@ -16,6 +18,7 @@ from upslope.ragged import Ragged, send
 
 PLAIN_KEYS = 256  # up to here the plain product has the faster backward pass on a CPU; beyond, memory decides
 KEPT_KEYS = 512  # up to here the compiled way keeps the weights for the backward pass; beyond, it makes them again
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 QUERIES = 256  # of each sequence, whose weights stand in memory at once beyond KEPT_KEYS
 
 
@@ -196,16 +199,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tensor, 
         cos, sin = (None, None) if rope is None else rope
         unpadded: Tensor = _Unpadded.apply(q, k, v, cos, sin, layout)
         return unpadded
-    return _composed(q, k, v, layout, rope)
+    if _plain_serves(q, layout):
+        return _composed(q, k, v, layout, rope)
+    cos, sin = (None, None) if rope is None else rope
+    padded: Tensor = _Padded.apply(q, k, v, cos, sin, layout)
+    return padded
 
 
 def _composed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     if rope is not None:
         q, k = rotate(q, *rope), rotate(k, *rope)
     pq, pk, pv = layout.pad_queries(q), layout.pad_keys(k), layout.pad_keys(v)
-    plain = layout.keys <= PLAIN_KEYS and q.device.type == "cpu"
-    out = _plain(pq, pk, pv, layout) if plain and layout.mask is not None else _fused(pq, pk, pv, layout)
-    return layout.unpad(out)
+    return layout.unpad((_plain if _plain_serves(q, layout) else _fused)(pq, pk, pv, layout))
+
+
+def _plain_serves(q: Tensor, layout: Layout) -> bool:
+    return layout.keys <= PLAIN_KEYS and q.device.type == "cpu" and layout.mask is not None
 
 
 class _Compiled(torch.autograd.Function):
@@ -232,9 +241,7 @@ class _Compiled(torch.autograd.Function):
         layout: Layout = ctx.layout
         rope = None if cos is None else (cos, sin)
         if torch.is_grad_enabled():  # differentiated again
-            with torch.enable_grad():
-                out = _composed(q, k, v, layout, rope)
-                return (*torch.autograd.grad(out, (q, k, v), grads[0], create_graph=True), None, None, None)
+            return (*_gradients((q, k, v, cos, sin), layout, grads[0], again=True), None, None, None)
         table, tokens = layout.table, len(q)
         rope = None if rope is None else (cos.contiguous(), sin.contiguous())
         pq, pk, pv = layout.padded(q, k, v, rope)
@@ -261,6 +268,31 @@ class _Compiled(torch.autograd.Function):
         return cpu.gather(grad_q, table, tokens, rope, keys=False), by_k, by_v, None, None, None
 
 
+class _Padded(torch.autograd.Function):
+    """torch's fused attention, made again for its gradient, and by plain operations where that is differentiated too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, cos, sin)
+        ctx.layout = layout
+        return _composed(q, k, v, layout, None if cos is None or sin is None else (cos, sin))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx.saved_tensors, ctx.layout, grads[0], again=torch.is_grad_enabled()), None, None, None)
+
+
+def _gradients(saved: Sequence[Tensor], layout: Layout, grad: Tensor, *, again: bool) -> tuple[Tensor, ...]:
+    """Of the composed way by queries, keys and values; again: themselves to be differentiated."""
+    q, k, v, cos, sin = saved
+    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH] if again else FUSED):
+        leaves = (q, k, v) if again else [x.detach().requires_grad_() for x in (q, k, v)]
+        out = _composed(leaves[0], leaves[1], leaves[2], layout, None if cos is None else (cos, sin))
+        return torch.autograd.grad(out, leaves, grad, create_graph=again)
+
+
 class _Unpadded(torch.autograd.Function):
     """FlashAttention over sequences end to end, on a GPU: a parent's keys are repeated in front of its children's.
 
@@ -283,9 +315,7 @@ class _Unpadded(torch.autograd.Function):
         q, k, v, cos, sin, out, norm, *state = ctx.saved_tensors
         layout: Layout = ctx.layout
         if torch.is_grad_enabled():  # differentiated again
-            with torch.enable_grad():
-                out = _composed(q, k, v, layout, None if cos is None else (cos, sin))
-                return (*torch.autograd.grad(out, (q, k, v), grads[0], create_graph=True), None, None, None)
+            return (*_gradients((q, k, v, cos, sin), layout, grads[0], again=True), None, None, None)
         inputs = _unpadded(q, k, v, cos, sin, layout)
         sizes = (*layout.cumulative, layout.queries, layout.keys, 0.0, True)
         by_q, by_k, by_v = torch.ops.aten._flash_attention_backward(

@@ -169,7 +169,7 @@ class Decoder(Trunk):
         """cos and sin (N, 1, head_dim / 2) of each token's position, in compute_dtype."""
         if self.config.position != "rope":
             return None
-        angle = positions_N[:, None].double() * rope_frequencies(self.config).to(self.device)
+        angle = positions_N[:, None].double() * send(rope_frequencies(self.config), self.device)
         return angle.cos().to(self.compute_dtype)[:, None], angle.sin().to(self.compute_dtype)[:, None]
 
     def init_weights(self, seed: int) -> Decoder:

@@ -27,7 +27,7 @@ def main() -> int:
     if model_name not in size.models:
         print(f"error: no model {model_name!r} of size {size.name}; choose {', '.join(size.models)}", file=sys.stderr)
         return 2
-    folder = prepare(args.work, size)
+    folder = prepare(args.work, size, [model_name])
     session = Session(folder / model_name, size, args.peers, args.dtype, args.device, args.threads, args.repeats)
     try:
         session.measure(args.names or list(TASKS))
@@ -56,8 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=cores)
-    parser.add_argument("--model", help="m31 unless given, or m135")
-    parser.add_argument("--size", choices=SIZES, default="full", help="smoke: see that it runs; measures nothing")
+    parser.add_argument("--model", help="m31 unless given, or m135; of size gpu m135, qwen2-0.5b, qwen2-1.5b")
+    parser.add_argument("--size", choices=SIZES, default="full", help="gpu: for a large card; smoke: measures nothing")
     parser.add_argument("--work", type=Path, default=Path("runs") / "benchmarks", help="where models and rows are made")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", action="store_true", help="write README.md anew from the results, measure nothing")

@@ -1,6 +1,7 @@
 """The models and rows that every program reads, made once in a work folder from seeds alone.
 
     WORK/SIZE/MODEL/               random weights in Hugging Face layout, with the tokenizer
+    WORK/SIZE/tokenizer.json       the tokenizer before it is padded to a model's vocabulary
     WORK/SIZE/rows/prompts.jsonl   prompt, ids (of exactly Size.prompt tokens), chosen, rejected
     WORK/SIZE/rows/sft.jsonl       text, ids (lognormal lengths, an EOS behind each)
     WORK/SIZE/rows/pairs.jsonl     prompt, chosen, rejected; prompt_ids, chosen_ids, rejected_ids (an EOS behind each)
@@ -15,10 +16,12 @@ import json
 import random
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -31,28 +34,54 @@ from upslope.text.tokenizer import Tokenizer
 PAIR_PROMPT = 8  # tokens that both sides of a pair share, counted into each side's length
 
 
-def prepare(work: Path, size: Size) -> Path:
-    """The folder of a size's models and rows, made unless it stands there whole."""
+def prepare(work: Path, size: Size, names: Sequence[str] | None = None) -> Path:
+    """The folder of a size's rows and of the models named (all, unless any is), each made unless it is there."""
     folder = work / size.name
-    if (folder / "rows").is_dir():
-        return folder
-    partial = work / f"{size.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    files = sources(size.files)
-    raw = train_tokenizer(files, size.tokenizer)
-    for name, shape in size.models.items():
-        save_model(new_model(shape), partial / name)
-        wrapped(padded(raw, shape.vocab)).save_pretrained(str(partial / name))
-    write_rows(partial / "rows", files, Tokenizer(wrapped(raw), "the benchmarks"), size)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    if not (folder / "rows").is_dir():
+        files = sources(size.files)
+        raw = train_tokenizer(files, size.tokenizer)
+        with partial(folder / "rows") as made:
+            write_rows(made, files, Tokenizer(wrapped(raw), "the benchmarks"), size)
+            raw.save(str(folder / "tokenizer.json"))
+    for name in size.models if names is None else names:
+        if not (folder / name).is_dir():
+            shape = size.models[name]
+            with partial(folder / name) as made:
+                save_model(new_model(shape), made)
+                raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+                wrapped(padded(raw, shape.vocab)).save_pretrained(str(made))
     return folder
+
+
+@contextmanager
+def partial(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name when all of it is there."""
+    made = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    yield made
+    made.rename(folder)
 
 
 def new_model(shape: Shape) -> Decoder:
     """A decoder of a shape, its weights from seed 0."""
-    config = DecoderConfig(
+    return Decoder(config_of(shape)).init_weights(0)
+
+
+def model_on(shape: Shape, device: torch.device) -> Decoder:
+    """The same shape with other random weights, made where they are needed: without files, in no time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Decoder(config_of(shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.02)
+    return model
+
+
+def config_of(shape: Shape) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=shape.vocab,
         width=shape.width,
         layers=shape.layers,
@@ -61,8 +90,8 @@ def new_model(shape: Shape) -> Decoder:
         head_dim=shape.width // shape.heads,
         ffn_width=shape.ffn_width,
         context=shape.context,
+        qkv_bias=shape.qkv_bias,
     )
-    return Decoder(config).init_weights(0)
 
 
 def sources(count: int) -> list[Path]:
@@ -128,7 +157,6 @@ def write_rows(folder: Path, files: list[Path], tokenizer: Tokenizer, size: Size
         one, two = (cut(cuts, tokenizer, length() - shared - 1, after=first) for _ in range(2))
         ids_of = {"prompt_ids": first[1], "chosen_ids": [*one[1], eos], "rejected_ids": [*two[1], eos]}
         pairs.append({"prompt": first[0], "chosen": one[0], "rejected": two[0], **ids_of})
-    folder.mkdir()
     for name, rows in (("prompts", prompts), ("sft", fits), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

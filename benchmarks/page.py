@@ -24,13 +24,16 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def groups(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Results that may stand in one table, the group with the newest of all first. Smoke runs measure nothing."""
+    """Results that may stand in one table: the newest of size full first, which the picture is of, then the others.
+
+    Smoke runs measure nothing.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        if result["size"] == "full":
+        if result["size"] != "smoke":
             key = json.dumps([result["machine"], *(result[k] for k in KIND)], sort_keys=True)
             found.setdefault(key, []).append(result)
-    return sorted(found.values(), key=lambda group: max(r["made"] for r in group), reverse=True)
+    return sorted(found.values(), key=lambda g: (g[0]["size"] == "full", max(r["made"] for r in g)), reverse=True)
 
 
 def draw(measured: Sequence[Measured], path: Path) -> None:

@@ -52,8 +52,16 @@ def line(
 
 def read_line(text: str) -> dict[str, Any] | None:
     """The last record in a program's output, whatever else it printed; None where there is none."""
-    for raw in reversed(text.splitlines()):
-        if raw.startswith('{"what"'):
-            found: dict[str, Any] = json.loads(raw)
-            return found
-    return None
+    found = read_lines(text)
+    return found[-1] if found else None
+
+
+def read_lines(text: str) -> list[dict[str, Any]]:
+    """Every record in a program's output, in order."""
+    return [json.loads(raw) for raw in text.splitlines() if raw.startswith('{"what"')]
+
+
+def read_failures(text: str) -> dict[str, str]:
+    """Name -> why, of what a program of several could not measure."""
+    failed = [json.loads(raw) for raw in text.splitlines() if raw.startswith('{"failed"')]
+    return {entry["failed"]: entry["why"] for entry in failed}

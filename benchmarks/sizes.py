@@ -5,7 +5,7 @@ Standard library only: the peers' interpreters read it too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Shape:
     ffn_width: int
     vocab: int
     context: int = 4096
+    qkv_bias: bool = False  # as Qwen2 has
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class Size:
     growth_lengths: tuple[int, ...]
     matrix: int
     rounds: int  # repeats inside one process
+    # a card close to its limits
+    peer_micro: int  # sequences that TRL computes at once
+    decode_rows: tuple[int, int]  # sequences side by side: few, many
+    decode_tokens: tuple[int, int]  # of short and long completions: one, and whole rounds of the engine
+    train_low: int  # tokens of a text, drawn evenly
+    train_high: int
+    train_tokens: int  # of one optimizer step
+    train_micro: tuple[int, ...]  # tokens computed at once; the fastest counts
+    copy_bytes: int
 
 
 FULL = Size(
@@ -101,6 +111,38 @@ FULL = Size(
     growth_lengths=(512, 1024, 2048, 4096),
     matrix=2048,
     rounds=5,
+    peer_micro=16,
+    decode_rows=(8, 64),
+    decode_tokens=(17, 129),
+    train_low=16,
+    train_high=512,
+    train_tokens=8192,
+    train_micro=(2048,),
+    copy_bytes=1 << 28,
+)
+
+GPU = replace(
+    FULL,
+    name="gpu",
+    models={
+        "m135": FULL.models["m135"],
+        "qwen2-0.5b": Shape(896, 24, 14, 2, 4864, 151_936, qkv_bias=True),
+        "qwen2-1.5b": Shape(1536, 28, 12, 2, 8960, 151_936, qkv_bias=True),
+    },
+    tokenizer=4000,
+    files=100,
+    slots=256,
+    grpo_prompts=32,
+    ppo_episodes=64,
+    ppo_steps=3,
+    rows=320,
+    growth_tokens=16_384,
+    matrix=8192,
+    peer_micro=64,
+    decode_rows=(64, 512),
+    train_tokens=1 << 17,
+    train_micro=(1 << 15, 1 << 16),
+    copy_bytes=1 << 31,
 )
 
 SMOKE = Size(
@@ -137,6 +179,14 @@ SMOKE = Size(
     growth_lengths=(16, 32, 64),
     matrix=64,
     rounds=2,
+    peer_micro=16,
+    decode_rows=(2, 6),
+    decode_tokens=(2, 6),
+    train_low=4,
+    train_high=40,
+    train_tokens=256,
+    train_micro=(2048, 128),
+    copy_bytes=1 << 16,
 )
 
-SIZES = {size.name: size for size in (FULL, SMOKE)}
+SIZES = {size.name: size for size in (FULL, GPU, SMOKE)}

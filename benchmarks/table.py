@@ -42,7 +42,7 @@ def figures(result: dict[str, Any], figure: Figure) -> dict[int, float]:
     found: dict[int, float] = {}
     for run in result["runs"]:
         if (run["by"], run["what"]) == (figure.by, figure.name):
-            value = run[figure.field] if figure.field in ("value", "peak_gb") else run["details"][figure.field]
+            value = run[figure.field] if figure.field in ("value", "peak_gb") else run["details"].get(figure.field)
             if value is not None:
                 found[run["repeat"]] = float(value)
     return found
@@ -77,12 +77,12 @@ def newest(results: Sequence[dict[str, Any]]) -> list[Measured]:
 
 
 def missing(results: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> list[str]:
-    """Rows without a figure, with the reason where a result knows one."""
+    """Rows that are asked for on this device and have no figure, with the reason where a result knows one."""
     there = {m.row.title for m in measured}
     reasons = {key: why for result in results for key, why in result["not_measured"].items()}
     lines = []
     for row in ROWS:
-        if row.title not in there:
+        if row.title not in there and results[0]["device"] in row.on:
             sides = [f"{f.by} {f.name}" for f in (row.top, row.bottom) if f is not None]
             why = "; ".join(f"{side}: {reasons[side]}" for side in sides if side in reasons)
             lines.append(f"{row.title} ({why or 'not run'})")
@@ -126,7 +126,7 @@ def section(results: Sequence[dict[str, Any]]) -> str:
     """A heading, the table, and what stands behind it, for results of one machine, device, dtype, model and size."""
     last = max(results, key=lambda result: result["made"])
     measured = newest(results)
-    where = f"{last['machine']['processor']}, {last['machine']['cores']} cores"
+    where = last["machine"].get("gpu") or f"{last['machine']['processor']}, {last['machine']['cores']} cores"
     lines = [f"### {last['model']}, {last['dtype']}, {last['device']}: {where}", "", markdown(measured), ""]
     lines.append(
         f"Last measured {last['made'][:10]}, {last['threads']} threads, torch {last['versions'].get('torch')}."

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU, slowly
+
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from upslope.kernels import cpu, gpu
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.hf import save_decoder
 from upslope.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The GPU's kernels serve: on a GPU where there is one, else in Triton's interpreter. The device to use."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(cpu, "serve", lambda *tensors: False)
+        monkeypatch.setattr(gpu, "serve", lambda *tensors: tensors[0].dtype in gpu.DTYPES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter's, of -inf and nan
+        yield DEVICE
+
 
 TEXTS = ["a fine film, full of life", "a dull film, full of nothing", "the best of them all", "the worst of them all"]
 TEMPLATE = (

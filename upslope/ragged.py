@@ -103,4 +103,14 @@ class Ragged:
 
     def to(self, device: torch.device | str) -> Ragged:
         """The same batch with its ids on another device."""
-        return Ragged(self.ids_N.to(device), self.starts, self.parent)
+        return Ragged(send(self.ids_N, device), self.starts, self.parent)
+
+
+def send(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; one that goes from the CPU to a GPU waits for nothing that is still computed there.
+
+    A plain `.to` would wait until all work before it is done, and the GPU would then wait for the next.
+    """
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

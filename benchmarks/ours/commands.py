@@ -54,7 +54,7 @@ def train(job: Job, stage: str, tables: dict[str, Any], folder: Path) -> Trained
         "dtype": job.dtype_name,
         "seed": 0,
         "checkpoint_minutes": 1000.0,
-        "optim": {"lr": LEARNING_RATE},
+        "optim": {"lr": LEARNING_RATE, "micro_tokens": job.size.train_micro[0]},
         "eval": {"prompts": 1, "judges": [], "show": 0},
         **tables,
     }
@@ -169,7 +169,7 @@ def rl_step(job: Job, tables: dict[str, Any], episodes: int) -> dict[str, Any]:
     return job.line(
         seconds,
         "s/step",
-        memory_gb=found.closing["memory/peak_gb"],
+        **memory(found.closing),
         episodes_per_s=episodes / seconds,
         updates=later[-1]["optim/updates"],
         intervals=found.intervals,
@@ -177,6 +177,14 @@ def rl_step(job: Job, tables: dict[str, Any], episodes: int) -> dict[str, Any]:
         metrics={name: later[-1][name] for name in sorted(later[-1]) if "length" in name or "gap" in name},
         **{f"{name}_s": value for name, value in parts.items()},
     )
+
+
+def memory(closing: dict[str, float]) -> dict[str, float]:
+    """What the process that trained held at most, and of a GPU's memory where it had one."""
+    found = {"memory_gb": closing["memory/peak_gb"]}
+    if "memory/gpu_peak_gb" in closing:
+        found["peak_device_gb"] = closing["memory/gpu_peak_gb"]
+    return found
 
 
 def sft(job: Job) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def sft(job: Job) -> dict[str, Any]:
     return job.line(
         statistics.median(rates),
         "tokens/s",
-        memory_gb=found.closing["memory/peak_gb"],
+        **memory(found.closing),
         intervals=found.intervals,
         tokens=trained,
         mean_length=mean,
@@ -215,7 +223,7 @@ def pairs(job: Job) -> dict[str, Any]:
     return job.line(
         size.pair_batch / statistics.median(found.intervals),
         "pairs/s",
-        memory_gb=found.closing["memory/peak_gb"],
+        **memory(found.closing),
         intervals=found.intervals,
         mean_pair_tokens=mean,
     )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.models import read_rows
+from benchmarks.ours.ceilings import product_weights
 from benchmarks.ours.job import Job
 from upslope.algo import gae, token_logprobs
 from upslope.kernels.allocator import keep_freed_memory
@@ -151,10 +152,8 @@ def training_flops(config: DecoderConfig, lengths: list[int]) -> float:
     Attention: scores and their mix of values, 2 products of heads * head_dim * (L + 1) / 2 a token, forwards once and
     backwards twice.
     """
-    c = config
-    inner, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    weights = c.layers * (2 * c.width * inner + 2 * c.width * kv + 3 * c.width * c.ffn_width) + c.vocab_size * c.width
-    return sum(6.0 * weights * n + attention_flops(c, n) for n in lengths)
+    weights = product_weights(config)
+    return sum(6.0 * weights * n + attention_flops(config, n) for n in lengths)
 
 
 def attention_flops(config: DecoderConfig, length: int) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ class Job:
     def device(self) -> torch.device:
         return torch.device(self.device_name)
 
+    def begin(self) -> None:
+        """Forget what earlier programs of this process held of a GPU's memory."""
+        if self.device_name == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     def line(self, value: float, unit: str, *, memory_gb: float | None = None, **details: Any) -> dict[str, Any]:
         """The record of this measurement; memory_gb: of the process that did the work, where it was not this one."""
         if self.device_name == "cuda" and memory_gb is None:
@@ -55,7 +63,7 @@ class Job:
         function()
         return statistics.median(self.seconds(function) for _ in range(rounds))
 
-    def in_turn(self, functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    def in_turn(self, functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
         """Times of several functions in alternation, so that a slow minute of the machine meets them all alike."""
         for function in functions.values():
             function()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.record import line
 from benchmarks.sizes import SIZES, Size
 
@@ -65,6 +67,8 @@ class Stamps:
     amount: float = 0.0
 
     def mark(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.moments.append(time.perf_counter())
         self.amounts.append(self.amount)
         self.amount = 0.0
@@ -94,6 +98,8 @@ def read_job(names: Sequence[str]) -> Job:
 
 def report(job: Job, by: str, value: float, unit: str, **details: Any) -> None:
     """Print the record, behind whatever else the peer printed."""
+    if job.device == "cuda":
+        details["peak_device_gb"] = torch.cuda.max_memory_allocated() / 1e9
     print(flush=True)
     print(json.dumps(line(job.name, by, value, unit, packages=PACKAGES, **details)), flush=True)
 

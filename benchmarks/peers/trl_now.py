@@ -21,8 +21,6 @@ from trl import (
 
 from benchmarks.peers.common import Job, Stamps, reward, run
 
-MICRO = 16  # sequences computed at once, as in the protocol
-
 
 class Stamper(TrainerCallback):
     """Notes the moment of every optimizer step."""
@@ -44,7 +42,7 @@ def grpo(job: Job) -> tuple[float, str, dict[str, Any]]:
     size, stamps = job.size, Stamps()
     model, tokenizer = load(job)
     episodes = size.grpo_prompts * size.grpo_samples
-    micro = min(MICRO, episodes)
+    micro = min(size.peer_micro, episodes)
     settings = GRPOConfig(
         **job.trainer_settings(),
         per_device_train_batch_size=micro,
@@ -84,7 +82,7 @@ def sft(job: Job) -> tuple[float, str, dict[str, Any]]:
     size, stamps = job.size, Stamps()
     model, tokenizer = load(job)
     rows = [{"input_ids": row["ids"]} for row in job.rows("sft")]
-    micro = min(MICRO, size.sft_batch)
+    micro = min(size.peer_micro, size.sft_batch)
     settings = SFTConfig(
         **job.trainer_settings(),
         per_device_train_batch_size=micro,

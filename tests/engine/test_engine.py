@@ -23,7 +23,7 @@ def naive(model, request, sample, step, seed=5):
     """One sample by the whole model anew for each token, and the inverse of one cumulative sum."""
     ids, logps = list(request.prompt_ids), []
     for position in range(request.sampling.max_tokens):
-        logits = model.hidden(Ragged.of([ids]))[-1] @ model.output_weight.t()
+        logits = model.hidden(Ragged.of([ids]).to(model.device))[-1] @ model.output_weight.t()
         temperature = request.sampling.temperature
         logp = torch.log_softmax(logits / (temperature or 1.0), -1).detach()
         if temperature == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conftest import random
 from upslope.kernels import cpu
-from upslope.models.cache import DecoderCache
+from upslope.models.cache import DecoderCache, Entries
 
 
 def reference(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
@@ -45,7 +45,7 @@ def test_steps_look_at_prompt_and_own_tokens(
     held = []
     for slot, n in enumerate(lengths):
         qkv = random(n, heads + 2 * kv_heads, d, seed=10 * slot).to(dtype)
-        cache.write(1, torch.tensor([(0, n, slot)]), qkv, None, heads)
+        cache.write(1, Entries([(0, n, slot)], cache.keys.device), qkv, None, heads)
         cache.length[slot] = n
         held.append(qkv[:, heads:].split(kv_heads, dim=1))
     for step in range(3):
@@ -75,7 +75,7 @@ def test_both_ways_turn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(cpu, "available", lambda: False)
         cache = DecoderCache(1, 2, 2, 40, 32, dtype=torch.float32, device=torch.device("cpu"))
         prompts = random(7, 8, 32, seed=5)  # of 3 and 4 tokens
-        cache.write(0, torch.tensor([(0, 3, 0), (3, 4, 1)]), prompts, (before.cos(), before.sin()), 4)
+        cache.write(0, Entries([(0, 3, 0), (3, 4, 1)], cache.keys.device), prompts, (before.cos(), before.sin()), 4)
         cache.length = [3, 4]
         for step in range(33):
             qkv = random(2, 8, 32, seed=step)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upslope.kernels import cpu
+from upslope.kernels.serving import serving
 
 CHUNK_BYTES = 16 << 20  # of logits at once, in the dtype of products
 KEPT_BYTES = 80 << 20  # logits that fit in this altogether are kept for the backward pass instead of being made again
@@ -40,7 +41,7 @@ def token_logprobs(
             shape = f"{len(hidden_ND)} states, {len(weight_VD)} tokens"
             raise ValueError(f"{len(target_N)} targets from {low} to {high} for {shape}")
     if chunk is None:
-        chunk = max(16, CHUNK_BYTES // (len(weight_VD) * hidden_ND.element_size()))
+        chunk = max(16, _room(hidden_ND.device)[0] // (len(weight_VD) * hidden_ND.element_size()))
     found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden_ND, weight_VD, target_N, temperature, chunk)
     return found
 
@@ -62,22 +63,23 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_DV = weight_VD.to(hidden_ND.dtype).t()
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
         entropy_N, norm_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
-        compiled = cpu.serve(hidden_ND)
+        kernels = serving(hidden_ND)
         bytes_of_all = len(hidden_ND) * len(weight_VD) * hidden_ND.element_size()
-        keep = compiled and any(ctx.needs_input_grad) and bytes_of_all <= KEPT_BYTES
+        keep = kernels and any(ctx.needs_input_grad) and bytes_of_all <= _room(hidden_ND.device)[1]
         ctx.kept = hidden_ND.new_empty(len(hidden_ND), len(weight_VD)) if keep else None
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
             logits_nV = torch.mm(hidden_ND[rows], weight_DV, out=None if ctx.kept is None else ctx.kept[rows])
-            if compiled:
-                logp_N[rows], entropy_N[rows], norm_N[rows] = cpu.token_stats(logits_nV, target_N[rows], temperature)
+            if kernels is not None:
+                found = kernels.token_stats(logits_nV, target_N[rows], temperature)
+                logp_N[rows], entropy_N[rows], norm_N[rows] = found
                 del logits_nV  # before the next chunk's
                 continue
             logp_nV = _log_softmax(logits_nV, temperature)
             logp_N[rows] = logp_nV.gather(1, target_N[rows, None]).squeeze(1)
             entropy_N[rows] = -torch.bmm(logp_nV.exp()[:, None], logp_nV[:, :, None]).view(-1)  # no product is stored
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, entropy_N, norm_N)
-        ctx.temperature, ctx.chunk, ctx.compiled = temperature, chunk, compiled
+        ctx.temperature, ctx.chunk, ctx.kernels = temperature, chunk, kernels
         ctx.weight_dtype = weight_VD.dtype
         return logp_N, entropy_N
 
@@ -90,24 +92,26 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = torch.promote_types(weight_VD.dtype, torch.float32)  # a bf16 sum over chunks would lose digits
         grad_hidden = torch.zeros_like(hidden_ND, dtype=wide) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        compiled = ctx.compiled and not torch.is_grad_enabled()  # else this backward is itself differentiated
+        kernels = None if torch.is_grad_enabled() else ctx.kernels  # else this backward is itself differentiated
         kept = None
-        if compiled:  # their gradient takes their place: another backward pass makes them again
+        if kernels is not None:  # their gradient takes their place: another backward pass makes them again
             kept, ctx.kept = ctx.kept, None
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
         size, width = ctx.chunk, vocabulary
-        if compiled:
-            size, width = _part(tokens, vocabulary, hidden_ND.element_size()) if kept is None else (tokens, vocabulary)
+        if kept is not None:
+            size = tokens
+        elif kernels is cpu:
+            size, width = _part(tokens, vocabulary, hidden_ND.element_size())
         if width == vocabulary:  # every part has all of the weight: cast once
             weight_VD = weight_VD.to(hidden_ND.dtype)
         parts = itertools.product(_slices(tokens, size), _slices(vocabulary, width))
         for rows, entries in parts:
             hidden_nD, weight_vD = hidden_ND[rows], weight_VD[entries].to(hidden_ND.dtype)
             pulls = [None if g is None else g[rows].contiguous() for g in grads]
-            if compiled:
+            if kernels is not None:
                 logits_nv = hidden_nD @ weight_vD.t() if kept is None else kept
                 known = (target_N[rows], entropy_N[rows], norm_N[rows], *pulls, ctx.temperature, entries.start)
-                gain_nv = cpu.token_gradient_(logits_nv, *known)
+                gain_nv = kernels.token_gradient_(logits_nv, *known)
             else:
                 logp_nv = _log_softmax(hidden_nD @ weight_vD.t(), ctx.temperature)
                 gain_nv = _gain(logp_nv, target_N[rows], entropy_N[rows], *pulls)
@@ -121,6 +125,14 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_ND.dtype)
         grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _room(device: torch.device) -> tuple[int, int]:
+    """Bytes of logits at once, and bytes up to which all are kept for the backward pass; shares of a GPU's memory."""
+    if device.type != "cuda":
+        return CHUNK_BYTES, KEPT_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return memory // 64, memory // 16
 
 
 def _part(tokens: int, vocabulary: int, number_bytes: int) -> tuple[int, int]:

@@ -36,9 +36,14 @@ def uniform(seed: int, step: int, prompt: Ints, sample: Ints, position: Ints) ->
     """Numbers in [0, 1) with 53 random bits, one for each (prompt, sample, position); arrays broadcast."""
     wide = np.broadcast_arrays(*(np.asarray(x).astype(np.uint64) for x in (prompt, sample, position)))
     prompts, samples, positions = (np.atleast_1d(x) for x in wide)
-    c = philox((prompts & _LOW, prompts >> _SHIFT, samples & _LOW, positions & _LOW), (_fold(seed), _fold(step)))
+    c = philox((prompts & _LOW, prompts >> _SHIFT, samples & _LOW, positions & _LOW), key_words(seed, step))
     drawn = ((c[0] >> np.uint64(5)) * 67108864.0 + (c[1] >> np.uint64(6))) / 9007199254740992.0
     return drawn.reshape(wide[0].shape)
+
+
+def key_words(seed: int, step: int) -> tuple[int, int]:
+    """The key of `uniform`'s counter: 32 bits of each."""
+    return _fold(seed), _fold(step)
 
 
 def stream(*key: int | str) -> np.random.Generator:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from upslope.engine.batch import Batch
+from upslope.engine.graphs import Graphs
 from upslope.engine.sampling import sample
 from upslope.engine.scheduler import Admission, Scheduler
 from upslope.engine.types import Completion, Finish, Request
 from upslope.errors import DataError, Interrupted, RunError
 from upslope.kernels.products import Product
+from upslope.models.runner import DecoderRunner
 from upslope.models.trunk import Cache, Runner, Trunk, tokens_seen
 from upslope.ragged import Ragged
 
-PREFILL_TOKENS = 2048  # prompt tokens computed at once
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # prompt tokens computed at once
 PIECE = 8  # tokens decoded to look for a stop text: as many as its characters, and these for its edges
 
 
@@ -46,6 +49,7 @@ class Engine:
         self.seed = seed
         self.text_of = text_of
         self.valid_vocab = valid_vocab
+        self.graphs: Graphs | None = None
         self.version = 0
 
     def load(self, model: Trunk, version: int, mask: Trunk | None = None) -> None:
@@ -83,29 +87,84 @@ class Engine:
         if not total:
             return []
         capacity = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
-        caches = [runner.new_cache(min(self.slots, total), capacity) for runner in self.runners]
-        tokens, batch = 0, None
+        if len(self.runners) == 1 and Graphs.serve(self.runner, requests):
+            rounds = self._recorded(scheduler, capacity, step)
+        else:
+            rounds = self._by_token(
+                scheduler, [r.new_cache(min(self.slots, total), capacity) for r in self.runners], step
+            )
         while not scheduler.done:
             if should_stop is not None and should_stop():
                 raise Interrupted("generation was stopped", "the same command carries on")
+            tokens = next(rounds)
+            if progress is not None:
+                progress(tokens, len(scheduler.finished))
+        return scheduler.results()
+
+    def _by_token(self, scheduler: Scheduler, caches: Sequence[Any], step: int) -> Iterator[int]:
+        """One token for every running slot and the first of those that are admitted, until all is done: the tokens so
+        far, round by round."""
+        tokens, batch = 0, None
+        while not scheduler.done:
             pending = torch.tensor([c.ids[-1] for c in scheduler.running])
             stepped = [[r.step(c, pending)] if len(pending) else [] for r, c in zip(self.runners, caches, strict=True)]
-            admissions = scheduler.admit(PREFILL_TOKENS)
+            admissions = scheduler.admit(PREFILL_TOKENS[self.runner.device.type])
             hidden = [
                 torch.cat([*rows, *self._prefill(scheduler, admissions, runner, cache)])
                 for rows, runner, cache in zip(stepped, self.runners, caches, strict=True)
             ]
             if batch is None or admissions:
-                batch = Batch(scheduler.running, requests, hidden[0].device)
+                batch = Batch(scheduler.running, scheduler.requests, hidden[0].device)
             ended = self._extend(batch, hidden, step)
             tokens += len(scheduler.running)
             batch = None if ended else batch
-            for source, target in scheduler.retire(ended):
-                for cache in caches:
-                    cache.move(source, target)
-            if progress is not None:
-                progress(tokens, len(scheduler.finished))
-        return scheduler.results()
+            _retire(scheduler, ended, caches)
+            yield tokens
+
+    def _recorded(self, scheduler: Scheduler, capacity: int, step: int) -> Iterator[int]:
+        """The same in rounds of several tokens, by recorded steps."""
+        if self.graphs is None:
+            assert isinstance(self.runner, DecoderRunner)
+            self.graphs = Graphs(self.runner, self.projections[0], self.slots, self.valid_vocab)
+        cache, tokens = self.graphs.new_cache(capacity), 0
+        while not scheduler.done:
+            before = len(scheduler.running)
+            admissions = scheduler.admit(PREFILL_TOKENS[self.runner.device.type])
+            if admissions:
+                hidden = torch.cat(self._prefill(scheduler, admissions, self.runner, cache))
+                batch = Batch(scheduler.running[before:], scheduler.requests, hidden.device)
+                tokens += len(hidden)
+                _retire(scheduler, [before + slot for slot in self._extend(batch, [hidden], step)], [cache])
+            if scheduler.running:
+                ids, logp = self.graphs.run(scheduler.running, scheduler.requests, self.seed, step)
+                found = zip(scheduler.running, ids.t().tolist(), logp.t().tolist(), self._until_end(ids), strict=True)
+                before = sum(len(c.ids) for c in scheduler.running)
+                ended = [slot for slot, (c, *drawn) in enumerate(found) if self._take(c, scheduler.requests, *drawn)]
+                tokens += sum(len(c.ids) for c in scheduler.running) - before
+                _retire(scheduler, ended, [cache])
+            yield tokens
+
+    def _until_end(self, ids_KS: Tensor) -> list[int]:
+        """How many tokens each slot has up to the first that ends it, that one included."""
+        ends = torch.isin(ids_KS, torch.tensor(sorted(self.eos), dtype=torch.int64))
+        ends[-1] = True
+        return (ends.to(torch.uint8).argmax(0) + 1).tolist()
+
+    def _take(
+        self, completion: Completion, requests: Sequence[Request], ids: list[int], logp: list[float], count: int
+    ) -> bool:
+        """Append `count` drawn tokens, or as many as there may be; whether the completion ends with one of them."""
+        request = requests[completion.request]
+        count = min(count, request.sampling.max_tokens - len(completion.ids))
+        at_once = 1 if request.sampling.stop else count
+        for start in range(0, count, at_once):
+            completion.ids += ids[start : start + at_once]
+            completion.logp += logp[start : start + at_once]
+            finish = self._finish(completion, request)
+            if finish is not None:
+                completion.finish = finish
+                return True
+        return False
 
     @staticmethod
     def _prefill(scheduler: Scheduler, admissions: Sequence[Admission], runner: Runner, cache: Cache) -> list[Tensor]:
@@ -160,3 +219,9 @@ class Engine:
                 )
             if request.sampling.stop and self.text_of is None:
                 raise DataError(f"prompt {number} has stop texts but the engine has no tokenizer", "give it text_of")
+
+
+def _retire(scheduler: Scheduler, ended: Sequence[int], caches: Sequence[Cache]) -> None:
+    for source, target in scheduler.retire(ended):
+        for cache in caches:
+            cache.move(source, target)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from upslope.kernels import cpu
+from upslope.kernels import cpu, gpu
 from upslope.models.ops import rotate
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 PLAIN_KEYS = 256  # up to here the plain product has the faster backward pass on a CPU; beyond, memory decides
 KEPT_KEYS = 512  # up to here the compiled way keeps the weights for the backward pass; beyond, it makes them again
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 QUERIES = 256  # of each sequence, whose weights stand in memory at once beyond KEPT_KEYS
 
 
@@ -58,7 +61,7 @@ class Layout:
     @cached_property
     def query_place(self) -> Tensor:
         """N -> B x queries."""
-        return (self._rows * self.queries + self._column).to(self.device)
+        return send(self._rows * self.queries + self._column, self.device)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -75,13 +78,35 @@ class Layout:
         batch, prefixes = self.batch, torch.tensor(self.batch.prefix_lengths)
         own = self._rows * self.keys + self._column + prefixes[self._rows]
         if not self.parents:
-            return own.to(self.device), None
+            return send(own, self.device), None
         parent_starts = torch.tensor([batch.starts[p] if p >= 0 else 0 for p in batch.parent])
         parent_rows = torch.arange(len(batch)).repeat_interleave(prefixes)
         offset = torch.arange(len(parent_rows)) - (prefixes.cumsum(0) - prefixes).repeat_interleave(prefixes)
         source = parent_starts.repeat_interleave(prefixes) + offset
-        place = torch.cat((own, parent_rows * self.keys + offset)).to(self.device)
-        return place, torch.cat((torch.arange(batch.tokens), source)).to(self.device)
+        place = send(torch.cat((own, parent_rows * self.keys + offset)), self.device)
+        return place, send(torch.cat((torch.arange(batch.tokens), source)), self.device)
+
+    @cached_property
+    def cumulative(self) -> tuple[Tensor, Tensor]:
+        """Offsets (B + 1, int32) of the sequences' queries, and of their keys laid end to end."""
+        keys = [a + b for a, b in zip(self.batch.lengths, self.batch.prefix_lengths, strict=True)]
+        offsets = torch.tensor([self.batch.starts, (0, *itertools.accumulate(keys))], dtype=torch.int32)
+        q, k = send(offsets, self.device).unbind()
+        return q, k
+
+    @cached_property
+    def key_source(self) -> Tensor | None:
+        """The token that each key is, where a parent's stand in front of its children's; None: each once, in order."""
+        batch = self.batch
+        if not self.parents:
+            return None
+        prefixes = torch.tensor(batch.prefix_lengths)
+        count = torch.tensor(batch.lengths) + prefixes
+        rows = torch.arange(len(batch)).repeat_interleave(count)
+        place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
+        parents = torch.tensor([batch.starts[p] if p >= 0 else 0 for p in batch.parent])
+        own = torch.tensor(batch.starts[:-1]) - prefixes
+        return send(place + torch.where(place < prefixes[rows], parents[rows], own[rows]), self.device)
 
     @cached_property
     def table(self) -> cpu.Table:
@@ -129,7 +154,7 @@ class Layout:
         allowed = key <= query
         if window is not None:
             allowed = allowed & (key > query - window)
-        return allowed[:, None].to(self.device)
+        return send(allowed[:, None], self.device)
 
     def padded(
         self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None
@@ -170,16 +195,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tensor, 
         cos, sin = (None, None) if rope is None else rope
         compiled: Tensor = _Compiled.apply(q, k, v, cos, sin, layout)
         return compiled
-    return _composed(q, k, v, layout, rope)
+    if _flash_serves(q):
+        cos, sin = (None, None) if rope is None else rope
+        unpadded: Tensor = _Unpadded.apply(q, k, v, cos, sin, layout)
+        return unpadded
+    if _plain_serves(q, layout):
+        return _composed(q, k, v, layout, rope)
+    cos, sin = (None, None) if rope is None else rope
+    padded: Tensor = _Padded.apply(q, k, v, cos, sin, layout)
+    return padded
 
 
 def _composed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     if rope is not None:
         q, k = rotate(q, *rope), rotate(k, *rope)
     pq, pk, pv = layout.pad_queries(q), layout.pad_keys(k), layout.pad_keys(v)
-    plain = layout.keys <= PLAIN_KEYS and q.device.type == "cpu"
-    out = _plain(pq, pk, pv, layout) if plain and layout.mask is not None else _fused(pq, pk, pv, layout)
-    return layout.unpad(out)
+    return layout.unpad((_plain if _plain_serves(q, layout) else _fused)(pq, pk, pv, layout))
+
+
+def _plain_serves(q: Tensor, layout: Layout) -> bool:
+    return layout.keys <= PLAIN_KEYS and q.device.type == "cpu" and layout.mask is not None
 
 
 class _Compiled(torch.autograd.Function):
@@ -206,9 +241,7 @@ class _Compiled(torch.autograd.Function):
         layout: Layout = ctx.layout
         rope = None if cos is None else (cos, sin)
         if torch.is_grad_enabled():  # differentiated again
-            with torch.enable_grad():
-                out = _composed(q, k, v, layout, rope)
-                return (*torch.autograd.grad(out, (q, k, v), grads[0], create_graph=True), None, None, None)
+            return (*_gradients((q, k, v, cos, sin), layout, grads[0], again=True), None, None, None)
         table, tokens = layout.table, len(q)
         rope = None if rope is None else (cos.contiguous(), sin.contiguous())
         pq, pk, pv = layout.padded(q, k, v, rope)
@@ -233,6 +266,89 @@ class _Compiled(torch.autograd.Function):
         by_k = cpu.gather(grad_k, table, tokens, rope, keys=True)
         by_v = cpu.gather(grad_v, table, tokens, None, keys=True)
         return cpu.gather(grad_q, table, tokens, rope, keys=False), by_k, by_v, None, None, None
+
+
+class _Padded(torch.autograd.Function):
+    """torch's fused attention, made again for its gradient, and by plain operations where that is differentiated too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, cos, sin)
+        ctx.layout = layout
+        return _composed(q, k, v, layout, None if cos is None or sin is None else (cos, sin))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx.saved_tensors, ctx.layout, grads[0], again=torch.is_grad_enabled()), None, None, None)
+
+
+def _gradients(saved: Sequence[Tensor], layout: Layout, grad: Tensor, *, again: bool) -> tuple[Tensor, ...]:
+    """Of the composed way by queries, keys and values; again: themselves to be differentiated."""
+    q, k, v, cos, sin = saved
+    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH] if again else FUSED):
+        leaves = (q, k, v) if again else [x.detach().requires_grad_() for x in (q, k, v)]
+        out = _composed(leaves[0], leaves[1], leaves[2], layout, None if cos is None else (cos, sin))
+        return torch.autograd.grad(out, leaves, grad, create_graph=again)
+
+
+class _Unpadded(torch.autograd.Function):
+    """FlashAttention over sequences end to end, on a GPU: a parent's keys are repeated in front of its children's.
+
+    Dao 2023, "FlashAttention-2" (arXiv 2307.08691); causality is counted from the last query and the last key.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
+    ) -> Tensor:
+        inputs = _unpadded(q, k, v, cos, sin, layout)
+        sizes = (*layout.cumulative, layout.queries, layout.keys, 0.0, True)
+        out, norm, *state, _ = torch.ops.aten._flash_attention_forward(*inputs, *sizes, False, **_window(layout))
+        ctx.save_for_backward(q, k, v, cos, sin, out, norm, *state)
+        ctx.layout = layout
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cos, sin, out, norm, *state = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        if torch.is_grad_enabled():  # differentiated again
+            return (*_gradients((q, k, v, cos, sin), layout, grads[0], again=True), None, None, None)
+        inputs = _unpadded(q, k, v, cos, sin, layout)
+        sizes = (*layout.cumulative, layout.queries, layout.keys, 0.0, True)
+        by_q, by_k, by_v = torch.ops.aten._flash_attention_backward(
+            grads[0].contiguous(), *inputs, out, norm, *sizes, *state, **_window(layout)
+        )
+        if layout.key_source is not None:  # a parent's tokens: the sum over all places that they stand in
+            by_k, by_v = (
+                torch.zeros_like(x, dtype=torch.float32).index_add_(0, layout.key_source, by.float()).to(x.dtype)
+                for x, by in ((k, by_k), (v, by_v))
+            )
+        if cos is not None:
+            by_q, by_k = gpu.rotate(by_q, cos, sin, back=True), gpu.rotate(by_k, cos, sin, back=True)
+        return by_q, by_k, by_v, None, None, None
+
+
+def _flash_serves(q: Tensor) -> bool:
+    width = q.shape[-1]
+    fits = q.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+    return fits and gpu.serve(q) and torch.backends.cuda.is_flash_attention_available()
+
+
+def _unpadded(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values end to end, the first two turned."""
+    if cos is not None and sin is not None:
+        q, k = gpu.rotate(q, cos, sin), gpu.rotate(k, cos, sin)
+    source = layout.key_source
+    return (q, k, v) if source is None else (q, k[source], v[source])
+
+
+def _window(layout: Layout) -> dict[str, int]:
+    return {} if layout.window is None else {"window_size_left": layout.window - 1, "window_size_right": 0}
 
 
 def _group(q: Tensor, k: Tensor) -> Tensor:

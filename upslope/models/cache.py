@@ -5,17 +5,43 @@ Live slots are always 0 to n - 1, so that a step reads the cache where it lies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from upslope.kernels import cpu
+from upslope.kernels import cpu, gpu
 from upslope.models.ops import rotate
+from upslope.ragged import send
+
+
+class Entries:
+    """Where prompts go: rows of (a prompt's first token, how many there are, a slot that gets them)."""
+
+    def __init__(self, rows: Sequence[tuple[int, int, int]], device: torch.device) -> None:
+        self.rows, self.device = rows, device
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The rows, as the compiled kernels read them."""
+        return torch.tensor(self.rows, dtype=torch.int64)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each token that is kept: its row of the batch, its slot and its place there."""
+        first, count, slot = self.table.unbind(1)
+        place = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
+        rows = place + first.repeat_interleave(count)
+        places = torch.stack((rows, slot.repeat_interleave(count), place))
+        rows, slot, place = send(places, self.device).unbind()
+        return rows, slot, place
 
 
 class DecoderCache:
     """Keys and values (layers, slots, kv heads, capacity, d) and how many tokens each slot holds.
 
-    Where the compiled kernels serve, they lie as `cpu.attend` reads them. Elsewhere a slot holds zeros beyond its
+    Where the compiled kernels serve, they lie as `cpu.attend` reads them. Where none do, a slot holds zeros beyond its
     tokens: what is masked there is multiplied by 0, and 0 times a nan that an earlier sequence left would be a nan.
     """
 
@@ -30,7 +56,9 @@ class DecoderCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.compiled = width % cpu.BLOCK == 0 and cpu.serve(torch.empty(0, dtype=dtype, device=device))
+        empty = torch.empty(0, dtype=dtype, device=device)
+        self.compiled = width % cpu.BLOCK == 0 and cpu.serve(empty)
+        self.on_gpu = width % 2 == 0 and gpu.serve(empty)
         self.length = [0] * slots
         if self.compiled:
             blocks, unit = -(-capacity // cpu.BLOCK), cpu.UNIT[dtype]
@@ -53,24 +81,28 @@ class DecoderCache:
     def write(
         self,
         layer: int,
-        entries: Tensor,
+        entries: Entries,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         heads: int,
     ) -> None:
         """Let slots hold the keys, turned by rope, and values of whole prompts in a layer.
 
-        entries (int64): rows of a prompt's first token, how many there are, and a slot; qkv (N, heads + 2 kv heads, d)
-        has a row for each token of all prompts, rope cos and sin (N, d / 2).
+        qkv (N, heads + 2 kv heads, d) has a row for each token of all prompts, rope cos and sin (N, d / 2).
         """
         if self.compiled:
-            cpu.keep_prompts(qkv, rope, self.keys[layer], self.values[layer], entries, heads)
+            cpu.keep_prompts(qkv, rope, self.keys[layer], self.values[layer], entries.table, heads)
             return
         kv_heads = self.values.shape[2]
         keys, values = qkv[:, heads:].split(kv_heads, dim=1)
         if rope is not None:
             keys = rotate(keys, rope[0][:, None], rope[1][:, None])
-        for start, n, slot in entries.tolist():
+        if self.on_gpu:
+            rows, slots, places = entries.places
+            self.keys[layer][slots, :, places] = keys[rows]
+            self.values[layer][slots, :, places] = values[rows]
+            return
+        for start, n, slot in entries.rows:
             self.keys[layer, slot, :, :n] = keys[start : start + n].transpose(0, 1)
             self.values[layer, slot, :, :n] = values[start : start + n].transpose(0, 1)
             self._forget(layer, slot, n)
@@ -81,7 +113,7 @@ class DecoderCache:
 
     def _forget(self, layer: int | slice, slot: int, n: int) -> None:
         """Zeros in the place of what a slot has held behind its first n tokens, up to its length so far."""
-        if not self.compiled:  # the kernels read no further than a slot's tokens
+        if not self.compiled and not self.on_gpu:  # the kernels read no further than a slot's tokens
             self.keys[layer, slot, :, n : self.length[slot]] = 0
             self.values[layer, slot, :, n : self.length[slot]] = 0
 
@@ -97,8 +129,11 @@ class DecoderCache:
         """One token more in each of the first slots: its key and value are kept, its queries look at all of its slot.
 
         qkv: rows of (heads + 2 kv heads) x d, one for each of lengths (S, the tokens held before); rows of heads x d.
+        rope: cos and sin of these places, on a GPU of all places.
         """
         n = len(lengths)
+        if self.on_gpu:
+            return gpu.attend(qkv, rope, self.keys[layer], self.values[layer], lengths, heads, window or 0)
         if self.compiled:
             return cpu.attend(qkv, rope, self.keys[layer], self.values[layer], lengths, heads, window or 0)
         kv_heads, d = self.values.shape[2], self.values.shape[4]

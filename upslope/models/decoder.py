@@ -23,7 +23,7 @@ from upslope.errors import ModelError
 from upslope.models.attention import Layout, attend
 from upslope.models.ops import RMSNorm, SwiGLU
 from upslope.models.trunk import Trunk, draw_normal
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -151,7 +151,7 @@ class Decoder(Trunk):
             raise ModelError(
                 f"a sequence of {longest} tokens exceeds the model's context of {self.config.context}", "shorten it"
             )
-        positions = batch.positions.to(self.device)
+        positions = send(batch.positions, self.device)
         x = self.embed_tokens(batch.ids_N, positions)
         rope = self.rope(positions)
         layout = Layout(batch, self.device, self.config.sliding_window)
@@ -169,7 +169,7 @@ class Decoder(Trunk):
         """cos and sin (N, 1, head_dim / 2) of each token's position, in compute_dtype."""
         if self.config.position != "rope":
             return None
-        angle = positions_N[:, None].double() * rope_frequencies(self.config).to(self.device)
+        angle = positions_N[:, None].double() * send(rope_frequencies(self.config), self.device)
         return angle.cos().to(self.compute_dtype)[:, None], angle.sin().to(self.compute_dtype)[:, None]
 
     def init_weights(self, seed: int) -> Decoder:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from upslope.algo import cut_logprobs, token_logprobs
 from upslope.errors import ModelError
 from upslope.models.trunk import Trunk
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 CRITICS = ("none", "shared", "detached", "separate")
 
@@ -43,7 +43,7 @@ class RewardModel(nn.Module):
 
     def score(self, batch: Ragged) -> Tensor:
         """score_B of whole sequences, fp32."""
-        raw_B = self.head(self.trunk.hidden(batch)[batch.last.to(self.trunk.device)])
+        raw_B = self.head(self.trunk.hidden(batch)[send(batch.last, self.trunk.device)])
         scaled: Tensor = (raw_B - self.scale_mean) / self.scale_std
         return scaled
 
@@ -105,10 +105,9 @@ class ActorCritic(nn.Module):
         state_A = batch.previous[action_A]
         if bool((state_A < 0).any()):
             raise ValueError("an action is the first token of its sequence: no state came before it")
-        state_A = state_A.to(self.policy.device)
+        state_A, target_A = send(state_A, self.policy.device), batch.ids_N[send(action_A, batch.ids_N.device)]
         hidden_ND = self.policy.hidden(batch)
         hidden_AD = hidden_ND[state_A]
-        target_A = batch.ids_N[action_A.to(batch.ids_N.device)]
         weight_VD = self.policy.output_weight
         if cut is None:
             logp_A, entropy_A = token_logprobs(hidden_AD, weight_VD, target_A, temperature=temperature)
@@ -135,12 +134,12 @@ class ActorCritic(nn.Module):
 
         Raises ModelError without a critic.
         """
-        state_A = batch.previous[action_A].to(self.policy.device)
+        state_A = send(batch.previous[action_A], self.policy.device)
         return self._values_at(batch, state_A, grad_to_policy=False)
 
     def value_after(self, batch: Ragged, place_B: Tensor) -> Tensor:
         """The value of the state after the token at each place. Raises ModelError without a critic."""
-        return self._values_at(batch, place_B.to(self.policy.device), grad_to_policy=True)
+        return self._values_at(batch, send(place_B, self.policy.device), grad_to_policy=True)
 
     def _values_at(self, batch: Ragged, place_B: Tensor, *, grad_to_policy: bool) -> Tensor:
         if self.value_head is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upslope.kernels import cpu
+from upslope.kernels.serving import serving
 
 
 class RMSNorm(torch.autograd.Function):
@@ -21,8 +22,9 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.eps = eps
-        if cpu.serve(x):
-            out, scale = cpu.norm(x.contiguous(), weight.float(), eps)
+        kernels = serving(x)
+        if kernels is not None:
+            out, scale = kernels.norm(x.contiguous(), weight.float(), eps)
             ctx.save_for_backward(x, weight, scale.unsqueeze(-1))
             return out
         x32 = x if x.dtype == torch.float64 else x.float()
@@ -41,8 +43,9 @@ class RMSNorm(torch.autograd.Function):
             normal, pulled = wide * scale, grad * weight
             grad_x = (pulled - normal * (pulled * normal).mean(-1, keepdim=True)) * scale
             return grad_x.to(x.dtype), (grad * normal).sum(0).to(weight.dtype), None
-        if cpu.serve(x, grads[0]):
-            by_x, by_weight = cpu.norm_backward(x.contiguous(), grads[0].contiguous(), weight.float(), scale)
+        kernels = serving(x, grads[0])
+        if kernels is not None:
+            by_x, by_weight = kernels.norm_backward(x.contiguous(), grads[0].contiguous(), weight.float(), scale)
             return by_x, by_weight.to(weight.dtype), None
         grad = grads[0].to(dtype)
         normal = x.to(dtype) * scale
@@ -74,8 +77,9 @@ class SwiGLU(torch.autograd.Function):
         if torch.is_grad_enabled():  # differentiated again: silu_backward has no derivative of its own
             slope = torch.sigmoid(gate)
             return grad * up * slope * (1 + gate * (1 - slope)), F.silu(gate) * grad, grad_weight
-        if _rows(gate, up, grad):
-            return *cpu.swiglu_backward(gate, up, grad), grad_weight
+        kernels = _rows(gate, up, grad)
+        if kernels is not None:
+            return *kernels.swiglu_backward(gate, up, grad), grad_weight
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad), grad_weight
 
@@ -83,12 +87,14 @@ class SwiGLU(torch.autograd.Function):
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return F.silu(gate) * up
-    return cpu.swiglu(gate, up) if _rows(gate, up) else F.silu(gate).mul_(up)
+    kernels = _rows(gate, up)
+    mixed: Tensor = F.silu(gate).mul_(up) if kernels is None else kernels.swiglu(gate, up)
+    return mixed
 
 
-def _rows(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels serve these: rows one behind the other."""
-    return tensors[0].ndim == 2 and all(t.is_contiguous() for t in tensors) and cpu.serve(*tensors)
+def _rows(*tensors: Tensor) -> ModuleType | None:
+    """The kernels that serve these, where they are rows one behind the other."""
+    return serving(*tensors) if tensors[0].ndim == 2 and all(t.is_contiguous() for t in tensors) else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upslope.kernels import cpu
-from upslope.kernels.products import Product
+from upslope.kernels.products import Product, taken
+from upslope.kernels.serving import serving
 from upslope.models.attention import Layout, attend
-from upslope.models.cache import DecoderCache
+from upslope.models.cache import DecoderCache, Entries
 from upslope.models.decoder import ACTIVATIONS, Block, Decoder, DecoderConfig, Norm
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 
 NormWeights = tuple[Tensor, Tensor | None]  # weight and bias, in fp32
 
@@ -28,6 +29,8 @@ class Layer:
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.products = {name: Product(*weights, dtype=dtype) for name, weights in _weights(block).items()}
+        self.small: dict[str, Tensor | None] = {}
+        self.norms: dict[str, NormWeights] = {}
         self._load_small(block)
 
     @torch.no_grad()
@@ -44,17 +47,17 @@ class Layer:
     def _load_small(self, block: Block) -> None:
         bias: list[Tensor] = [m.bias for m in (block.q, block.k, block.v) if m.bias is not None]
         both: list[Tensor] = [m.bias for m in (block.gate, block.up) if m is not None and m.bias is not None]
-        self.small: dict[str, Tensor | None] = {
+        small = {
             "qkv_bias": torch.cat(bias).to(self.dtype) if bias else None,
             "gate_up_bias": torch.cat(both).to(self.dtype) if both else None,
             "o_bias": block.o.bias.to(self.dtype) if block.o.bias is not None else None,
             "down_bias": block.down.bias.to(self.dtype) if block.down.bias is not None else None,
         }
-        self.norms = {
-            name: (module.weight.float().clone(), None if module.bias is None else module.bias.float().clone())
-            for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")
-            if (module := getattr(block, name)) is not None
-        }
+        self.small = {name: _taken(t, self.small.get(name)) for name, t in small.items()}
+        for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm"):
+            module = getattr(block, name)
+            if module is not None:
+                self.norms[name] = _norm_weights(module, self.norms.get(name))
 
 
 class DecoderRunner:
@@ -70,6 +73,9 @@ class DecoderRunner:
         self.layers = [Layer(block, dtype) for block in model.blocks]  # type: ignore[arg-type]
         self.embed = model.embed.weight.detach().to(dtype, copy=True)
         self.output_weight = self.embed if model.head is None else model.head.weight.detach().to(dtype, copy=True)
+        self.position: Tensor | None = None
+        self.norm = _norm_weights(model.norm, None)
+        self.rope_table = self._rope_table(model)
         self._load_outer(model)
 
     @torch.no_grad()
@@ -83,13 +89,18 @@ class DecoderRunner:
         self.embed.copy_(model.embed.weight)
         if model.head is not None:
             self.output_weight.copy_(model.head.weight)
-        self.position = None if model.position is None else model.position.weight.detach().to(self.dtype)
-        bias = None if model.norm.bias is None else model.norm.bias.detach().float().clone()
-        self.norm = (model.norm.weight.detach().float().clone(), bias)
-        everywhere = torch.arange(self.config.context, device=self.device)
-        rope = model.rope(everywhere)
-        self.rope_table = None if rope is None else [t[:, 0].to(self.dtype).contiguous() for t in rope]
+        position = None if model.position is None else model.position.weight.detach().to(self.dtype, copy=True)
+        self.position = _taken(position, self.position)
+        self.norm = _norm_weights(model.norm, self.norm)
         self.steps = self._steps()
+
+    def _rope_table(self, model: Decoder) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of every place, rows of head_dim / 2."""
+        rope = model.rope(torch.arange(self.config.context, device=self.device))
+        if rope is None:
+            return None
+        cos, sin = (t[:, 0].to(self.dtype).contiguous() for t in rope)
+        return cos, sin
 
     def _steps(self) -> cpu.Steps | None:
         """What the compiled step is given, where it serves this shape: RMS norms, none of heads, and SwiGLU."""
@@ -133,22 +144,22 @@ class DecoderRunner:
         Returns hidden_PD, behind the final norm, of each prompt's last token.
         """
         c = self.config
-        positions = prompts.positions.to(self.device)
-        x = self._embed(prompts.ids_N.to(self.device), positions)
+        positions = send(prompts.positions, self.device)
+        x = self._embed(send(prompts.ids_N, self.device), positions)
         added: Tensor | None = None
         rope = self._rope(positions)
         turns = None if rope is None else (rope[0][:, None], rope[1][:, None])
         layout = Layout(prompts, self.device, c.sliding_window)
         entries = [(prompts.starts[p], prompts.lengths[p], slot) for p, chosen in enumerate(slots) for slot in chosen]
-        table = torch.tensor(entries)
+        places = Entries(entries, self.device)
         for number, layer in enumerate(self.layers):
             x, h = self._add_norm(x, added, layer.norms["attn_norm"])
             qkv = self._qkv(layer, h)
-            cache.write(number, table, qkv, rope, c.heads)
+            cache.write(number, places, qkv, rope, c.heads)
             q, k, v = qkv.split([c.heads, c.kv_heads, c.kv_heads], dim=1)
             mixed = attend(q, k, v, layout, turns).reshape(len(x), -1)
             if layer is self.layers[-1]:  # nobody reads the other tokens' hidden states
-                last = prompts.last.to(self.device)
+                last = send(prompts.last, self.device)
                 x, mixed = x[last], mixed[last]
             x, added = self._feed_forward(layer, x, mixed)
         for _, length, slot in entries:
@@ -158,26 +169,33 @@ class DecoderRunner:
     @torch.no_grad()
     def step(self, cache: DecoderCache, ids_S: Tensor) -> Tensor:
         """Append one token to each of the slots 0 to n - 1 and return hidden_SD, behind the final norm."""
-        c, n = self.config, len(ids_S)
-        lengths = torch.tensor(cache.length[:n], device=self.device)
-        x = self._embed(ids_S.to(self.device), lengths)
-        added: Tensor | None = None
-        rope = self._rope(lengths)
-        if self.steps is not None and cache.compiled:
-            hidden = cpu.step(self.steps, x, rope, lengths, cache.keys, cache.values)
-        else:
-            for number, layer in enumerate(self.layers):
-                x, h = self._add_norm(x, added, layer.norms["attn_norm"])
-                mixed = cache.attend(number, self._qkv(layer, h), rope, lengths, c.heads, c.sliding_window)
-                x, added = self._feed_forward(layer, x, mixed)
-            hidden = self._add_norm(x, added, self.norm)[1]
+        n = len(ids_S)
+        hidden = self.advance(cache, ids_S.to(self.device), torch.tensor(cache.length[:n], device=self.device))
         for slot in range(n):
             cache.length[slot] += 1
         return hidden
 
+    @torch.no_grad()
+    def advance(self, cache: DecoderCache, ids_S: Tensor, lengths_S: Tensor) -> Tensor:
+        """`step`, told how many tokens each slot holds. On a GPU the host need know nothing that a later step changes.
+
+        Places beyond the context are as its last one: whoever goes there throws the tokens away.
+        """
+        c = self.config
+        x = self._embed(ids_S, lengths_S)
+        added: Tensor | None = None
+        rope = self.rope_table if cache.on_gpu else self._rope(lengths_S)
+        if self.steps is not None and cache.compiled:
+            return cpu.step(self.steps, x, rope, lengths_S, cache.keys, cache.values)
+        for number, layer in enumerate(self.layers):
+            x, h = self._add_norm(x, added, layer.norms["attn_norm"])
+            mixed = cache.attend(number, self._qkv(layer, h), rope, lengths_S, c.heads, c.sliding_window)
+            x, added = self._feed_forward(layer, x, mixed)
+        return self._add_norm(x, added, self.norm)[1]
+
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(ids, self.embed)
-        return x if self.position is None else x + self.position[positions]
+        return x if self.position is None else x + self.position[positions.clamp_max(len(self.position) - 1)]
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin (N, head_dim / 2)."""
@@ -200,8 +218,9 @@ class DecoderRunner:
         x, h = self._add_norm(x, layer.product("o", mixed), layer.norms["mlp_norm"])
         h = layer.product("gate_up", h)
         if self.config.mlp == "gated":
-            if self.config.activation == "silu" and cpu.serve(h):
-                h = cpu.swiglu_joined(h)
+            kernels = serving(h) if self.config.activation == "silu" else None
+            if kernels is not None:
+                h = kernels.swiglu_joined(h)
             else:
                 gate, up = h.chunk(2, dim=-1)
                 h = ACTIVATIONS[self.config.activation](gate).mul_(up)
@@ -211,8 +230,9 @@ class DecoderRunner:
 
     def _add_norm(self, x: Tensor, added: Tensor | None, norm: NormWeights) -> tuple[Tensor, Tensor]:
         """x + added, and its norm; x itself may be written to."""
-        if norm[1] is None and cpu.serve(x):
-            return x, cpu.add_norm(x, added, norm[0], self.config.norm_eps)
+        kernels = serving(x) if norm[1] is None else None
+        if kernels is not None:
+            return x, kernels.add_norm(x, added, norm[0], self.config.norm_eps)
         x = x if added is None else x + added
         return x, self._norm(x, norm)
 
@@ -250,14 +270,27 @@ def model_checksum(model: Decoder, dtype: torch.dtype) -> str:
 
 def sum_of_words(parts: Sequence[tuple[int, Tensor | None]]) -> str:
     """Rows are summed in words of 8 bytes where they are made of such; joined rows give the sum of their parts."""
-    total = 0
+    weights, sums = [], []
     for place, weight in parts:
         if weight is not None:
             size = weight.element_size()
             whole = weight.ndim > 1 and weight.shape[-1] * size % 8 == 0
             word = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-            total += (2 * place + 3) * int(weight.contiguous().view(word).sum(dtype=torch.int64))
+            weights.append(2 * place + 3)
+            sums.append(weight.contiguous().view(word).sum(dtype=torch.int64))
+    total = sum(by * found for by, found in zip(weights, torch.stack(sums).tolist(), strict=True))
     return f"{total % (1 << 64):016x}"
+
+
+def _taken(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    return None if new is None else taken(new, old)
+
+
+def _norm_weights(module: Norm, old: NormWeights | None) -> NormWeights:
+    weight, bias = old or (None, None)
+    own = module.bias
+    kept = taken(module.weight.detach().float().clone(), weight)
+    return kept, _taken(None if own is None else own.detach().float().clone(), bias)
 
 
 def _weights(block: Block) -> dict[str, list[Tensor]]:

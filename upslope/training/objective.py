@@ -18,10 +18,10 @@ from upslope.algo import importance_weights, kl_estimate, reduce, token_kl, toke
 from upslope.config import RL
 from upslope.models.heads import ActorCritic, TokenScores
 from upslope.models.trunk import Trunk
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 from upslope.training.algorithms import POLICY_LOSSES
 from upslope.training.episode import action_starts, episode_parts, lay_out
-from upslope.training.rollout import Batch, Frozen
+from upslope.training.rollout import Batch, Frozen, Scored
 from upslope.training.run import Run
 from upslope.training.state import RunState
 from upslope.training.update import Stats, optimizer_step, stop_if
@@ -60,13 +60,21 @@ def minibatch_step(
     model = state.model
     assert isinstance(model, ActorCritic)
     tokens = len(batch.rows(members))
+    once, scored = frozen.scored_once(rl), Scored()
 
     def loss_of(part: Part) -> tuple[Tensor, Stats]:
         scores = model.evaluate(part.ragged, part.action_A, temperature=rl.temperature, cut=frozen.cut(rl))
+        if once:
+            scored.add(part.rows, scores)
         losses, stats = terms(rl, model, batch, part, scores, frozen, prices, tokens)
         return torch.stack(list(losses.values())).sum(), stats
 
-    return _step(run, rl, state, batch, members, lr, loss_of)
+    metrics = _step(run, rl, state, batch, members, lr, loss_of)
+    if once:
+        rows, logp_A, entropy_A, _ = scored.together()
+        batch.old_logp_A[rows] = batch.ref_logp_A[rows] = logp_A
+        batch.entropy_A[rows] = entropy_A
+    return metrics
 
 
 def critic_step(run: Run, rl: RL, state: RunState, batch: Batch, members: Sequence[int], lr: float) -> dict[str, float]:
@@ -90,7 +98,7 @@ def drift(rl: RL, model: ActorCritic, batch: Batch, frozen: Frozen, should_stop:
     for part in minibatch_parts(rl, batch, range(len(batch.episodes)), model.policy):
         stop_if(should_stop)
         scores = model.evaluate(part.ragged, part.action_A, temperature=rl.temperature, cut=frozen.cut(rl))
-        old_logp_A = batch.old_logp_A[part.rows].to(scores.logp_A.device)
+        old_logp_A = send(batch.old_logp_A[part.rows], scores.logp_A.device)
         total += float(kl_estimate(old_logp_A, scores.logp_A, "k3").sum())
     return total / len(batch.old_logp_A)
 
@@ -127,7 +135,7 @@ def minibatch_parts(rl: RL, batch: Batch, members: Sequence[int], policy: Trunk)
         ragged, action_A = lay_out(chosen, policy.needs_source)
         own = torch.cat([torch.arange(int(whole[i]), int(whole[i + 1])) for i in places])
         rows = batch.rows([members[i] for i in places])
-        yield Part(ragged.to(device), action_A, action_starts(chosen).to(device), rows, weight_A[own].to(device))
+        yield Part(ragged.to(device), action_A, send(action_starts(chosen), device), rows, send(weight_A[own], device))
 
 
 def terms(
@@ -142,15 +150,13 @@ def terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weighted terms of a micro-batch, whose sum is its loss, and its shares of the statistics."""
     device, weight_A = scores.logp_A.device, part.weight_A
-    if frozen.scored_once(rl):  # these weights have sampled: their log-probabilities are the old ones
-        batch.old_logp_A[part.rows] = scores.logp_A.detach().float().cpu()
-        batch.ref_logp_A[part.rows] = batch.old_logp_A[part.rows]
-        batch.entropy_A[part.rows] = scores.entropy_A.detach().float().cpu()
-    old_logp_A, advantage_A = batch.old_logp_A[part.rows].to(device), batch.advantage_A[part.rows].to(device)
+    own = frozen.scored_once(rl)  # these weights have sampled: their log-probabilities are the old ones
+    old_logp_A = scores.logp_A.detach().float() if own else send(batch.old_logp_A[part.rows], device)
+    advantage_A = send(batch.advantage_A[part.rows], device)
     policy_A, found = POLICY_LOSSES[rl.loss](rl, scores.logp_A, old_logp_A, advantage_A, part.starts)
     stats = {name: value for name, value in found.items() if name == "clipped_A"}
     if rl.importance != "none":
-        behaviour_A = batch.behaviour_logp_A[part.rows].to(device)
+        behaviour_A = send(batch.behaviour_logp_A[part.rows], device)
         correction_A, cut = importance_weights(old_logp_A, behaviour_A, kind=rl.importance, cap=rl.importance_cap)
         policy_A = policy_A * correction_A
         stats["importance_cut_A"] = cut["cut_A"]
@@ -174,9 +180,9 @@ def terms(
 def reference_kl(rl: RL, model: ActorCritic, batch: Batch, part: Part, scores: TokenScores, frozen: Frozen) -> Tensor:
     """kl_A to the reference as rl.kl_estimator says: from the sampled token, or over the whole vocabulary."""
     if rl.kl_estimator != "exact":
-        return kl_estimate(scores.logp_A, batch.ref_logp_A[part.rows].to(scores.logp_A.device), rl.kl_estimator)
+        return kl_estimate(scores.logp_A, send(batch.ref_logp_A[part.rows], scores.logp_A.device), rl.kl_estimator)
     assert frozen.reference is not None
-    state_A = part.ragged.previous[part.action_A].to(model.policy.device)
+    state_A = send(part.ragged.previous[part.action_A], model.policy.device)
     with torch.no_grad():
         reference_AD = frozen.reference.hidden(part.ragged)[state_A]
     return token_kl(
@@ -198,9 +204,9 @@ def _value_loss(rl: RL, batch: Batch, part: Part, value_A: Tensor) -> Tensor:
     device = value_A.device
     loss_A, _ = value_loss(
         value_A,
-        batch.return_A[part.rows].to(device),
+        send(batch.return_A[part.rows], device),
         kind=rl.value_loss,
-        old_value_A=batch.value_A[part.rows].to(device),
+        old_value_A=send(batch.value_A[part.rows], device),
         clip=rl.value_clip,
     )
     return loss_A

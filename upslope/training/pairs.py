@@ -26,7 +26,7 @@ from upslope.config import Preference
 from upslope.config import RewardModel as RewardConfig
 from upslope.models.heads import RewardModel
 from upslope.models.trunk import Trunk
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 from upslope.text.examples import Pair
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.batches import lay_out_texts, micro_batches
@@ -75,9 +75,8 @@ def pair_logprobs(model: Trunk, pairs: Sequence[Pair]) -> Sides:
     counts = torch.cat(learned_tokens(pairs)).tolist()
     ends = [batch.starts[s + 1] for s in sides]
     target_A = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-    state_A = batch.previous[target_A]
-    hidden_AD = model.hidden(batch.to(model.device))[state_A.to(model.device)]
-    target_ids_A = batch.ids_N[target_A].to(model.device)
+    state_A, target_ids_A = send(batch.previous[target_A], model.device), send(batch.ids_N[target_A], model.device)
+    hidden_AD = model.hidden(batch.to(model.device))[state_A]
     logp_A, _ = token_logprobs(hidden_AD, model.output_weight, target_ids_A)
     chosen_B, rejected_B = torch.stack([part.sum() for part in logp_A.split(counts)]).split(len(pairs))
     return chosen_B, rejected_B
@@ -231,9 +230,9 @@ class PolicyLearner:
         chosen_B, rejected_B = own = pair_logprobs(self.model, batch.pairs)
         like = chosen_B.detach()
         zeros = (torch.zeros_like(like), torch.zeros_like(like))
-        reference = tuple(x.to(like) for x in batch.reference) if batch.reference else zeros
+        reference = tuple(send(x.to(like.dtype), like.device) for x in batch.reference) if batch.reference else zeros
         if self.objective.per_token:
-            counts = [n.to(like) for n in learned_tokens(batch.pairs)]
+            counts = [send(n.to(like.dtype), like.device) for n in learned_tokens(batch.pairs)]
             own = (chosen_B / counts[0], rejected_B / counts[1])
             reference = (reference[0] / counts[0], reference[1] / counts[1])
         z0 = like.new_zeros(()) if batch.z0 is None else batch.z0.to(like)
@@ -267,4 +266,4 @@ def score_texts(
 
 
 def _margins(pairs: Sequence[Pair], like: Tensor) -> Tensor:
-    return torch.tensor([p.margin for p in pairs], dtype=like.dtype, device=like.device)
+    return send(torch.tensor([p.margin for p in pairs], dtype=like.dtype), like.device)

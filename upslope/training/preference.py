@@ -24,7 +24,7 @@ from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, micro_batches
 from upslope.training.pairs import Learner, PairBatch, PairConfig, learned_tokens, pair_tokens
 from upslope.training.reference import batch_of, held_out_batch, remember
-from upslope.training.run import Run, peak_memory_gb
+from upslope.training.run import Run, peak_memory
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
 
@@ -65,7 +65,7 @@ def run_pairs(
     record_accuracy(run, stage, state.extra["before"], metrics, len(held_out))
     learner.export(run, tokenizer)
     before = {f"{name}_before": value for name, value in state.extra["before"].items()}
-    return state.finish(run, before | metrics | {"memory/peak_gb": peak_memory_gb()})
+    return state.finish(run, before | metrics | peak_memory())
 
 
 def pair_step(

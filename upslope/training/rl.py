@@ -26,7 +26,7 @@ from upslope.training.heldout import Watched, watch_task
 from upslope.training.objective import Prices, critic_step, drift, minibatch_step
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
 from upslope.training.rollout import Batch, Frozen, policy_metrics, prepare, reference_metrics, rollout_metrics
-from upslope.training.run import Run, peak_memory_gb
+from upslope.training.run import Run, peak_memory
 from upslope.training.scoring import Scorer
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.trust_region import trust_region_update
@@ -71,7 +71,7 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
     except (StopAsked, Interrupted):
         state.interrupt(run)
     export_policy(run, "rl", model, actors.tokenizer)
-    return state.finish(run, {"memory/peak_gb": peak_memory_gb()})
+    return state.finish(run, peak_memory())
 
 
 def next_rollout(
@@ -224,7 +224,7 @@ def finish_rollout(
     state.pending = None
     state.extra.pop("pending", None)
     state.rollout += 1
-    metrics["memory/peak_gb"] = peak_memory_gb()
+    metrics |= peak_memory()
     seconds = metrics["time/rollout_s"] + metrics["time/prepare_s"] + metrics["time/update_s"]
     metrics["time/step_s"] = seconds
     run.record("step", stage="rl", step=state.rollout, metrics=metrics)

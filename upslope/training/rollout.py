@@ -11,9 +11,9 @@ from torch import Tensor
 
 from upslope.algo import token_logprobs
 from upslope.config import RL
-from upslope.models.heads import ActorCritic, Cut
+from upslope.models.heads import ActorCritic, Cut, TokenScores
 from upslope.models.trunk import Trunk
-from upslope.ragged import Ragged
+from upslope.ragged import Ragged, send
 from upslope.training.algorithms import Credit, Signal, credit
 from upslope.training.episode import Episode, action_starts, episode_parts, lay_out
 from upslope.training.update import never, stop_if
@@ -95,27 +95,11 @@ def prepare(
     bootstrap_B = torch.zeros(len(episodes))
     behaviour = torch.tensor([p for e in episodes for p in e.logp])
     batch = Batch(episodes, starts, behaviour, old, entropy, value, ref, old, old)
-    once = frozen.scored_once(rl)
-    if once:
+    if frozen.scored_once(rl):
         for waiting in (old, entropy, ref):
             waiting.fill_(float("nan"))
-    for part in [] if once else episode_parts(episodes, 2 * rl.optim.micro_tokens):
-        stop_if(should_stop)
-        members = [episodes[i] for i in part]
-        ragged, action_A = lay_out(members, model.policy.needs_source)
-        ragged = ragged.to(model.policy.device)
-        rows = batch.rows(part)
-        scores = model.evaluate(ragged, action_A, temperature=rl.temperature, cut=frozen.cut(rl))
-        old[rows] = scores.logp_A.float().cpu()
-        entropy[rows] = scores.entropy_A.float().cpu()
-        if scores.value_A is not None:
-            value[rows] = scores.value_A.float().cpu()
-        if rl.limit == "bootstrap":
-            cut = [i for i, e in enumerate(members) if not e.terminal]
-            if cut:
-                last = torch.tensor([int(action_A[int(action_starts(members)[i + 1]) - 1]) for i in cut])
-                bootstrap_B[torch.tensor([part[i] for i in cut])] = model.value_after(ragged, last).float().cpu()
-        ref[rows] = old[rows] if frozen.reference is None else _reference(frozen.reference, ragged, action_A, rl)
+    else:
+        _score(batch, model, frozen, rl, bootstrap_B, should_stop)
     in_reward = kl_coefficient if frozen.reference is not None and rl.kl_in == "reward" else 0.0
     groups = torch.tensor([e.group for e in episodes], dtype=torch.int64)
     reward_A = token_rewards(batch, rl, in_reward, score_scale)
@@ -126,11 +110,69 @@ def prepare(
     return batch, found
 
 
+def _score(
+    batch: Batch, model: ActorCritic, frozen: Frozen, rl: RL, bootstrap_B: Tensor, should_stop: Callable[[], bool]
+) -> None:
+    """Fill in what the models say of the actions, and of what follows a cut. Raises StopAsked."""
+    scored = Scored()
+    after: list[tuple[list[int], Tensor]] = []
+    for part in episode_parts(batch.episodes, 2 * rl.optim.micro_tokens):
+        stop_if(should_stop)
+        members = [batch.episodes[i] for i in part]
+        ragged, action_A = lay_out(members, model.policy.needs_source)
+        ragged = ragged.to(model.policy.device)
+        scores = model.evaluate(ragged, action_A, temperature=rl.temperature, cut=frozen.cut(rl))
+        reference = None if frozen.reference is None else _reference(frozen.reference, ragged, action_A, rl)
+        scored.add(batch.rows(part), scores, reference)
+        cut = [i for i, e in enumerate(members) if not e.terminal] if rl.limit == "bootstrap" else []
+        if cut:
+            last = torch.tensor([int(action_A[int(action_starts(members)[i + 1]) - 1]) for i in cut])
+            after.append(([part[i] for i in cut], model.value_after(ragged, last).float()))
+    rows, old, entropy, more = scored.together()
+    batch.old_logp_A[rows], batch.entropy_A[rows] = old, entropy
+    if "value" in more:
+        batch.value_A[rows] = more["value"]
+    batch.ref_logp_A[rows] = more.get("reference", old)
+    for places, value_B in after:
+        bootstrap_B[torch.tensor(places)] = value_B.cpu()
+
+
+class Scored:
+    """What micro-batches said of their actions, left where it was computed until all have been asked.
+
+    To fetch it each time would make a GPU wait between one micro-batch and the next.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.found: dict[str, list[Tensor]] = {}
+
+    def add(self, rows: Tensor, scores: TokenScores, reference: Tensor | None = None) -> None:
+        """rows: the places of the actions over A; reference: what another model said of them."""
+        self.rows.append(rows)
+        named = {"logp": scores.logp_A, "entropy": scores.entropy_A, "value": scores.value_A, "reference": reference}
+        for name, x_A in named.items():
+            if x_A is not None:
+                self.found.setdefault(name, []).append(x_A.detach().float())
+
+    def together(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """All rows, their log-probabilities, entropies, and what else there is by name: on the CPU, in fp32."""
+        if not self.rows:
+            empty = torch.zeros(0)
+            return empty.long(), empty, empty, {}
+        all_of = {name: torch.cat(parts).cpu() for name, parts in self.found.items()}
+        return torch.cat(self.rows), all_of.pop("logp"), all_of.pop("entropy"), all_of
+
+
 def _reference(reference: Trunk, ragged: Ragged, action_A: Tensor, rl: RL) -> Tensor:
-    hidden_AD = reference.hidden(ragged)[ragged.previous[action_A].to(reference.device)]
-    target_A = ragged.ids_N[action_A.to(ragged.ids_N.device)]
-    logp_A, _ = token_logprobs(hidden_AD, reference.output_weight, target_A, temperature=rl.temperature)
-    return logp_A.float().cpu()
+    state_A, target_A = (
+        send(ragged.previous[action_A], reference.device),
+        ragged.ids_N[send(action_A, reference.device)],
+    )
+    logp_A, _ = token_logprobs(
+        reference.hidden(ragged)[state_A], reference.output_weight, target_A, temperature=rl.temperature
+    )
+    return logp_A.float()
 
 
 def token_rewards(batch: Batch, rl: RL, kl_coefficient: float, score_scale: float = 1.0) -> Tensor:

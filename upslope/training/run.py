@@ -278,10 +278,13 @@ def processor() -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def peak_memory_gb() -> float:
-    """The most memory this process has held, in GB (10^9 bytes)."""
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process has held, and of a GPU's where it uses one, in GB (10^9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+    held = {"memory/peak_gb": peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9}
+    if torch.cuda.is_initialized():
+        held["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return held
 
 
 def _make_folder(folder: Path) -> None:

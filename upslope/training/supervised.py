@@ -20,13 +20,14 @@ from upslope.algo import token_logprobs
 from upslope.config import Supervised
 from upslope.models.encoder import Encoder
 from upslope.models.trunk import Trunk
+from upslope.ragged import send
 from upslope.text.examples import Example
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, lay_out_texts, micro_batches
 from upslope.training.export import export_policy
 from upslope.training.masked import HELD_OUT, Masked, hide, masked_logprobs
-from upslope.training.run import Run, peak_memory_gb
+from upslope.training.run import Run, peak_memory
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
 
@@ -80,7 +81,7 @@ def run_supervised(
     )
     export_policy(run, stage, model, tokenizer)
     closing = {f"{k}_before": v for k, v in before.items()} | after
-    return state.finish(run, closing | measured | {"memory/peak_gb": peak_memory_gb()})
+    return state.finish(run, closing | measured | peak_memory())
 
 
 def supervised_step(run: Run, state: RunState, cfg: Supervised, batch: Sequence[Example]) -> dict[str, float]:
@@ -115,8 +116,9 @@ def example_logprobs(model: Trunk, examples: Sequence[Example]) -> Tensor:
     target_A = place_N[torch.tensor([t for e in examples for t in e.trained], dtype=torch.bool)]
     target_A = target_A[batch.previous[target_A] >= 0]
     batch = batch.to(model.device)
+    state_A, target_A = send(batch.previous[target_A], model.device), send(target_A, model.device)
     hidden_ND = model.hidden(batch)
-    logp_A, _ = token_logprobs(hidden_ND[batch.previous[target_A]], model.output_weight, batch.ids_N[target_A])
+    logp_A, _ = token_logprobs(hidden_ND[state_A], model.output_weight, batch.ids_N[target_A])
     return logp_A
 
 

@@ -84,14 +84,16 @@ def optimizer_step(
         for name, value in {**stats, "loss/total": loss.detach()}.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip_norm)
-    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(sums["loss/total"]))
+    sums["optim/grad_norm"] = norm
+    values = torch.stack([value.double() for value in sums.values()]).tolist()  # all at once: each fetch is a wait
+    metrics = dict(zip(sums, values, strict=True))
+    finite = math.isfinite(metrics["optim/grad_norm"]) and math.isfinite(metrics["loss/total"])
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    metrics = {name: float(value) for name, value in sums.items()}
-    return metrics | {"optim/grad_norm": float(norm), "optim/lr": lr, "optim/skipped": 0.0 if finite else 1.0}
+    return metrics | {"optim/lr": lr, "optim/skipped": 0.0 if finite else 1.0}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class Harness:
     def __exit__(self, *details: Any) -> None:
         assert self.server.stdin and self.server.stdout
         self.server.stdin.close()
-        self.server.wait(timeout=30)
+        self.server.wait(timeout=200)
         self.server.stdout.close()
 
     def start(self, variant: str, folder: Path, strike: Strike | None = None, minutes: float = 0.0) -> Ended:

@@ -112,8 +112,8 @@ def main() -> None:
     early = "" if tried == trials else f" of {trials}, ended by hand"
     text = [
         f"`{command.strip()}` ({tried} trials{early}, seed {seed}; {measured}; {minutes:.0f} min): "
-        f"{len(whole)} variants ({', '.join(whole)}) and {len(by_variant) - len(whole)} pairs of an algorithm and a model kind in turn, "
-        f"struck {sum(struck.values())} times in all, one to three times each.",
+        f"{len(whole)} variants ({', '.join(whole)}) and {len(by_variant) - len(whole)} pairs of an algorithm and a "
+        f"model kind in turn, struck {sum(struck.values())} times in all, one to three times each.",
         f"Trials that ended otherwise than an unbroken run, in a traceback, or later than allowed: **{len(failed)}**.",
         f"Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",
         "",

@@ -132,7 +132,8 @@ class Log:
     def write(self, name: str, session: Session) -> None:
         """The result so far; tables of profiles go to a file of their own."""
         result = session.result(name)
-        result["commit"] = result["commit"] or self.commit
+        if self.commit:  # the caller knows better than a copy of the tree
+            result |= {"commit": self.commit, "changed_files": []}
         for run in result["runs"]:
             table = run["details"].pop("table", None)
             if table is not None:
@@ -187,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=lambda text: set(text.split(",")), default=set(), help="only parts with these")
     parser.add_argument("--wheels", type=Path, help=f"folder with the peers' wheels: {', '.join(WHEELS.values())}")
     parser.add_argument("--peers", type=Path, help="or the folder that benchmarks.setup made")
-    parser.add_argument("--commit", default="", help="of this code, where there is no git to ask")
+    parser.add_argument("--commit", default="", help="of this code, without a change: where git cannot be asked")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -66,17 +66,22 @@ def measure(result: dict[str, Any], row: Row) -> Measured | None:
 
 
 def newest(results: Sequence[dict[str, Any]]) -> list[Measured]:
-    """Every row that is asked for on their device, as the newest of some results has it.
+    """Every row that is asked for on the device, as the newest of some results has it.
 
     All must be of one machine, device, dtype, model and size.
     """
     ordered = sorted(results, key=lambda result: result["made"])
     found = []
-    for row in (row for row in ROWS if results[0]["device"] in row.on):
+    for row in asked(results):
         candidates = [m for m in (measure(result, row) for result in ordered) if m is not None]
         if candidates:
             found.append(candidates[-1])
     return found
+
+
+def asked(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """The rows that are asked for on the device that some results are of."""
+    return [row for row in ROWS if all(result["device"] in row.on for result in results)]
 
 
 def missing(results: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> list[str]:
@@ -84,8 +89,8 @@ def missing(results: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> 
     there = {m.row.title for m in measured}
     reasons = {key: why for result in results for key, why in result["not_measured"].items()}
     lines = []
-    for row in ROWS:
-        if row.title not in there and results[0]["device"] in row.on:
+    for row in asked(results):
+        if row.title not in there:
             sides = [f"{f.by} {f.name}" for f in (row.top, row.bottom) if f is not None]
             why = "; ".join(f"{side}: {reasons[side]}" for side in sides if side in reasons)
             lines.append(f"{row.title} ({why or 'not run'})")

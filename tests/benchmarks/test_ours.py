@@ -40,6 +40,7 @@ UNITS = {
     "profile-training": "ms",
 }
 ON_A_GPU = {"peak_device_gb"}
+MAY_BE_0 = {"gap", "decode-few", "decode-many", "profile-decode"}  # differences: on a busy machine even below
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def measured(model):
 def test_a_program_prints_what_the_table_reads(name, measured):
     line = measured(name)
     assert (line["what"], line["by"], line["unit"]) == (name, UPSLOPE, UNITS[name])
-    assert line["value"] > 0 and math.isfinite(line["value"]) and line["peak_gb"] > 0 and line["versions"]["torch"]
+    assert math.isfinite(line["value"]) and line["peak_gb"] > 0 and line["versions"]["torch"]
+    assert line["value"] > 0 or name in MAY_BE_0
     for row in ROWS:
         for figure in (row.top, row.bottom):
             if figure is not None and (figure.by, figure.name) == (UPSLOPE, name):

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from benchmarks.page import END, MARK, groups, write_page
-from benchmarks.plan import ROWS, Program
+from benchmarks.plan import Program
 from benchmarks.record import line, read_line
 from benchmarks.runner import Session, file_name, free_path
 from benchmarks.sizes import SMOKE
-from benchmarks.table import markdown, missing, newest
+from benchmarks.table import asked, markdown, missing, newest, section
 
 
 def entry(by, what, repeat, value, peak_gb=1.0, **details):
@@ -56,6 +56,18 @@ def test_of_seconds_theirs_stand_above_and_extremes_are_of_one_turn():
     assert memory.value == 2.0 / 4.5 and memory.met == "yes"
 
 
+def test_a_gpu_has_rows_of_its_own_and_none_of_a_processor_alone():
+    runs = [*GRPO, entry("upslope", "decode-few", 0, 9.0, share=0.4), entry("upslope", "gae", 0, 1.0)]
+    card = made(runs, device="cuda", machine={"processor": "Some CPU", "cores": 16, "gpu": "Some Card"}, size="gpu")
+    rows = found([card])
+    assert rows["decoding of few rows, share of its floor"].met == "no" and "GAE of 1,000,000 tokens" not in rows
+    assert "GRPO step, against TRL" in rows and "GRPO peak memory, share of TRL's" not in rows
+    assert not any("GAE" in line for line in missing([card], newest([card])))
+    assert "decoding of few rows" not in found([made(runs)]) and "GAE of 1,000,000 tokens" in found([made(runs)])
+    assert "Some Card" in section([card]) and file_name(card) == "2026-01-02-some-card-cuda-bf16-gpu-m31"
+    assert [group[0]["size"] for group in groups([card, made(GRPO)])] == ["full", "gpu"]
+
+
 def test_of_rates_ours_stand_above_and_a_missed_aim_says_so():
     runs = [entry("upslope", "generate", 0, 300.0), entry("vllm", "generate", 0, 200.0)]
     row = found([made(runs)])["generation, against vLLM"]
@@ -71,8 +83,7 @@ def test_what_was_not_measured_is_listed_with_its_reason_and_never_guessed():
     result = made([entry("upslope", "sft", 0, 4.0)], not_measured={"trl sft": "not installed"})
     assert "SFT, ragged lengths, against TRL" not in found([result])
     absent = missing([result], newest([result]))
-    assert "SFT, ragged lengths, against TRL (trl sft: not installed)" in absent
-    assert len(absent) == sum("cpu" in row.on for row in ROWS)
+    assert "SFT, ragged lengths, against TRL (trl sft: not installed)" in absent and len(absent) == len(asked([result]))
 
 
 def test_each_row_is_of_the_newest_result_that_has_it():

@@ -31,7 +31,7 @@ from upslope.training.judges import LikelihoodSource, SimilaritySource
 from upslope.training.run import Run
 from upslope.training.scoring import FunctionSource, LearnedSource, Scorer, Source
 
-TOKENS_PER_GB = 192  # of a GPU: 16k tokens on a card of 85 GB
+TOKENS_PER_GB = 128  # of a GPU: 10k tokens on a card of 85 GB
 
 
 def with_room(recipe: Recipe, gpu_gb: float) -> Recipe:

@@ -41,7 +41,7 @@ TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/
 
 def may_change(key: str, *, closed: bool, best: bool = False) -> bool:
     """Whether a run that carries on may have another value of a key (a.b): what no stage learns from, and what the
-    table at the end is made of until it is made (`closed`); but how often rl is measured where that chooses its best."""
+    table at the end is made of until it is made (`closed`); not how often rl is measured where that finds its best."""
     if best and key == "eval.every":
         return False
     return key.partition(".")[0] in ALWAYS_FREE or (key in CLOSING and not closed)

@@ -16,8 +16,7 @@ from upslope.config.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
-RECORDS = {"reliability.md"}  # written by commands, figure by figure: in English only
-PAGES = sorted(page for page in DOCS.glob("*.md") if page.name not in RECORDS)
+PAGES = sorted(DOCS.glob("*.md"))
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 WORDS = {

@@ -38,7 +38,7 @@ def run(ask: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     folder = Path(ask["folder"])
     os.environ["UPSLOPE_TEST_UNWELL"] = str(beside(folder, "unwell"))
-    injector = Injector(folder, ask.get("phase"), ask.get("at", 0), ask.get("kind", ""))
+    injector = Injector(folder, ask.get("phase"), ask.get("at", 0), ask.get("kind", ""), ask.get("stage"))
     install(injector)
     sys.argv = ["upslope", "train", ask["recipe"], "-o", str(folder), "--plain", *ask.get("arguments", [])]
     code = 1

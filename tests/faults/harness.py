@@ -28,6 +28,7 @@ class Strike:
     at: int = 0
     kind: str = ""
     kill_after: float | None = None
+    stage: str | None = None  # only events in this one are counted
 
 
 @dataclass

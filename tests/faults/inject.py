@@ -38,10 +38,12 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Injector:
-    """Counts the events of a run in FOLDER and strikes at one of them: the at-th (from 1) of a phase."""
+    """Counts the events of a run in FOLDER and strikes at one of them: the at-th (from 1) of a phase, or of a phase in
+    one stage, where that is said."""
 
-    def __init__(self, folder: Path, phase: str | None, at: int, kind: str) -> None:
-        self.folder, self.phase, self.at, self.kind = str(folder), phase, at, kind
+    def __init__(self, folder: Path, phase: str | None, at: int, kind: str, within: str | None = None) -> None:
+        self.folder, self.phase, self.at, self.kind, self.within_stage = str(folder), phase, at, kind, within
+        self.seen = 0
         self.counts: Counter[str] = Counter()
         self.inside: list[str] = []
         self.stage = ""
@@ -54,7 +56,8 @@ class Injector:
         self.counts[phase] += 1
         if self.fired and phase in COMPUTING:
             self.work_after += 1
-        if phase == self.phase and self.counts[phase] == self.at and not self.fired:
+        self.seen += phase == self.phase and self.within_stage in (None, self.stage)
+        if phase == self.phase and self.seen == self.at and self.within_stage in (None, self.stage) and not self.fired:
             self.fired = True
             if half is not None and self.kind == "sigkill":
                 half()

@@ -1,4 +1,7 @@
-"""Where figures come from, and their place in docs/reliability.md."""
+"""Where figures come from, and their place in docs/reliability.md.
+
+The Chinese page follows by hand: a test (tests/docs) compares the numbers of both.
+"""
 
 from __future__ import annotations
 

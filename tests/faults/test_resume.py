@@ -139,11 +139,11 @@ def test_c55_every_algorithm_on_every_kind_of_model(harness, tmp_path, pair, pha
     assert harness.last_starts[0][1].fired
 
 
-@pytest.mark.parametrize(("phase", "at"), [("generation", 1), ("generation", 9), ("rewards", 1)])
+@pytest.mark.parametrize(("phase", "at"), [("generation", 1), ("generation", 5), ("rewards", 1)])
 def test_a_stop_while_the_task_is_measured_saves_what_was_learned(harness, tmp_path, phase, at):
     """At the end of a supervised stage: nothing is fitted again, the held-out loss is measured and recorded once."""
     folder = tmp_path / "run"
-    ended = harness.start("task", folder, Strike(phase, at, "sigterm"), minutes=60)
+    ended = harness.start("task", folder, Strike(phase, at, "sigterm", stage="sft"), minutes=60)
     assert ended.fired and ended.code == 130 and ended.seconds_after < STOP_S
     assert "stopped in sft after optimizer step 2, saved" in ended.said
     assert harness.trial("task", folder, [], minutes=60) == []

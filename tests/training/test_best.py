@@ -11,7 +11,7 @@ import upslope
 from tests.checkpoints import names, newest, save
 from tests.training.test_pipeline import count_vowels
 from upslope.checkpoint import checkpoint_at
-from upslope.config import load_recipe
+from upslope.config import load_recipe, may_change
 from upslope.errors import RecipeError, RunError
 from upslope.observe.events import read_events
 from upslope.training import preference, supervised
@@ -200,6 +200,18 @@ def test_a_run_that_an_older_version_began_carries_on(recipe, rows, tmp_path):
     assert train(recipe, rows, tmp_path / "run") == run
     with pytest.raises(RunError, match=r"another recipe: sft\.eval_every: 0 there, 1 here"):
         train(recipe, rows, tmp_path / "run", "sft.eval_every=1")
+
+
+def test_how_often_rl_is_measured_stays_where_that_chooses_its_best(recipe, rows, tmp_path):
+    assert may_change("eval.every", closed=False) and not may_change("eval.every", closed=False, best=True)
+    del recipe["sft"], recipe["reward"]
+    recipe["rl"] |= {"steps": 1, "best_by": "task/reward"}
+    run = train(recipe, rows, tmp_path / "run", reward=count_vowels)
+    (run / "eval" / "done.json").unlink()
+    with pytest.raises(RunError, match=r"another recipe: eval\.every: 10 there, 1 here; choose another folder"):
+        train(recipe, rows, tmp_path / "run", "eval.every=1", reward=count_vowels)
+    with pytest.raises(RecipeError, match=r"data\.valid = 0 leaves \[rl\] no rows to be watched by"):
+        train(recipe, rows, tmp_path / "other", "data.valid=0", reward=count_vowels)
 
 
 def test_a_sweep_shares_no_stage_that_was_chosen_by_other_measurements(recipe, tmp_path):

@@ -8,7 +8,7 @@ defaults for all of them; a stage's own `[stage.optim]` wins. Neither torch nor 
 
 from upslope.config.load import describe, find_recipe, load_recipe, read_recipe, shipped_recipes
 from upslope.config.presets import PRESETS
-from upslope.config.recipe import CLOSING, POLICY_STAGES, STAGES, Recipe, may_change, source_name
+from upslope.config.recipe import CLOSING, POLICY_STAGES, STAGES, Recipe, may_change, source_name, with_newer_keys
 from upslope.config.rl import RL, Trust
 from upslope.config.tables import (
     Data,
@@ -48,4 +48,5 @@ __all__ = [
     "read_recipe",
     "shipped_recipes",
     "source_name",
+    "with_newer_keys",
 ]

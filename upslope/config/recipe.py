@@ -39,9 +39,11 @@ Source = Annotated[
 TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
 
 
-def may_change(key: str, *, closed: bool) -> bool:
+def may_change(key: str, *, closed: bool, best: bool = False) -> bool:
     """Whether a run that carries on may have another value of a key (a.b): what no stage learns from, and what the
-    table at the end is made of until it is made (`closed`)."""
+    table at the end is made of until it is made (`closed`); not how often rl is measured where that finds its best."""
+    if best and key == "eval.every":
+        return False
     return key.partition(".")[0] in ALWAYS_FREE or (key in CLOSING and not closed)
 
 
@@ -239,7 +241,7 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _rows_suffice(self) -> Recipe:
         """Every side that something is measured on has rows, and a completion leaves room for a prompt."""
-        watched = [s for s in self.stages if s != "rl" or self.task.metrics]
+        watched = [s for s in self.stages if s != "rl" or self.task.metrics or (self.rl and self.rl.best_by)]
         if not self.data.valid and watched:
             raise ValueError(f"data.valid = 0 leaves [{watched[0]}] no rows to be watched by: set it above 0")
         if not self.data.test and self.evaluated:
@@ -254,3 +256,11 @@ class Recipe(Table):
                     f"{self.data.max_tokens}: lower the one or raise the other"
                 )
         return self
+
+
+def with_newer_keys(table: Any) -> Any:
+    """A recipe that an older version wrote, with the defaults of the keys that it did not know."""
+    try:
+        return Recipe.model_validate(table).model_dump(mode="json")
+    except ValueError:
+        return table

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
-from upslope.config import CLOSING, Recipe, may_change
+from upslope.config import CLOSING, Recipe, may_change, with_newer_keys
 from upslope.errors import RunError
 from upslope.kernels import cpu
 from upslope.kernels.allocator import keep_freed_memory
@@ -186,15 +186,16 @@ class Run:
                 raise RunError(f"{self.folder} holds a run without a recipe.json", "choose another folder with -o")
             atomic_write_text(path, json.dumps(new, indent=1))
             return
-        changed = _differences(_with_newer_keys(read_json(path)), new)
+        changed = _differences(with_newer_keys(read_json(path)), new)
         closed = bool(self.done("eval"))
-        refused = [key for key in changed if not may_change(key, closed=closed)]
+        best = self.recipe.rl is not None and self.recipe.rl.best_by is not None
+        refused = [key for key in changed if not may_change(key, closed=closed, best=best)]
         if refused and not self._has_progress():  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "start", ignore_errors=True)
         elif refused:
             more = f" and {len(refused) - 2} more" if len(refused) > 2 else ""
-            again = all(key in CLOSING for key in refused)
+            again = closed and all(key in CLOSING for key in refused)
             raise RunError(
                 f"{self.folder} holds a run of another recipe: {'; '.join(changed[k] for k in refused[:2])}{more}",
                 "upslope eval makes the table of a finished run again"
@@ -305,14 +306,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}", "choose another with -o") from None
-
-
-def _with_newer_keys(table: Any) -> Any:
-    """A recipe that an older version wrote, with the defaults of the keys that it did not know."""
-    try:
-        return Recipe.model_validate(table).model_dump(mode="json")
-    except ValueError:
-        return table
 
 
 def _differences(old: Any, new: Any, where: str = "") -> dict[str, str]:

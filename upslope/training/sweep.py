@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from upslope.config import describe, may_change
+from upslope.config import describe, may_change, with_newer_keys
 from upslope.errors import Interrupted, RecipeError, RunError
 from upslope.observe.compare import compare, show
 from upslope.observe.runs import flat, objective, read_json, read_run, steps_of
@@ -128,9 +128,10 @@ def finished(folder: Path, table: Mapping[str, Any]) -> bool:
     """Whether a folder holds the whole run of a recipe. Raises RunError where it holds another recipe's."""
     if not (folder / "recipe.json").is_file() or not any(folder.glob("*/done.json")):
         return False
-    old, new = flat(read_json(folder / "recipe.json")), flat(table)
+    old, new = flat(with_newer_keys(read_json(folder / "recipe.json"))), flat(table)
+    best = new.get("rl.best_by") is not None
     closed = (folder / "eval" / "done.json").is_file()
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and not may_change(k, closed=closed)]
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and not may_change(k, closed=closed, best=best)]
     if changed:
         key = changed[0]
         raise RunError(

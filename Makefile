@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check pictures learning faults soak fuzz large setup clean
+.PHONY: demo test check results pictures learning faults soak fuzz large setup clean
 
 demo: setup
 	$(BIN)/upslope train sentiment-ppo
@@ -18,6 +18,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+results: setup  # every recipe against its supervised start, what has no record yet; writes docs/results.md
+	$(BIN)/python -m results
 
 learning: setup  # every algorithm on two small tasks; writes its table into docs/algorithms.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.learning

@@ -14,9 +14,10 @@ from upslope.checkpoint import load_checkpoint, save_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def save(folder: Path, step: int, **options: Any) -> Path:
+def save(folder: Path, step: int, best: int | None = None, **options: Any) -> Path:
     tensors = {"model": {"w": torch.full((3, 5), float(step)), "b": torch.tensor(step)}, "optimizer": {}}
-    return save_checkpoint(folder, step, tensors=tensors, state={"step": step, "note": "é"}, **options)
+    state = {"step": step, "note": "é"} | ({} if best is None else {"best": best})
+    return save_checkpoint(folder, step, tensors=tensors, state=state, **options)
 
 
 def names(folder: Path) -> list[str]:
@@ -27,7 +28,7 @@ def newest(folder: Path) -> int:
     """The step that is loaded, after a check that its contents are those of that step."""
     loaded = load_checkpoint(folder)
     assert loaded is not None
-    assert loaded.state == {"step": loaded.step, "note": "é"}
+    assert {**loaded.state, "best": 0} == {"step": loaded.step, "note": "é", "best": 0}
     assert torch.equal(loaded.tensors("model")["w"], torch.full((3, 5), float(loaded.step)))
     return loaded.step
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from upslope import cli
 from upslope.config import shipped_recipes
 
 
@@ -67,3 +68,15 @@ def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path):
     assert talk.returncode == 0 and "model:" in talk.stdout
     assert upslope("export", model_dir, tmp_path / "out").returncode == 0
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("said", ["DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to"])
+def test_a_full_memory_is_one_line_on_every_device(said, monkeypatch, capsys):
+    def full(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("lower optim.micro_tokens or limits.slots, what was saved stands")

@@ -38,6 +38,24 @@ def refused(*overrides):
         ),
         ("rl.reward={'a.py:f'=1, 'b.py:f'=1}", "names 'a.py:f' and 'b.py:f', both called f; rename one function"),
         ("eval.judges=['a.py:f', 'b.py:f']", "eval.judges names 'a.py:f' and 'b.py:f', both called f"),
+        ("optim.beta1=1.0", "optim.beta1 = 1.0 (and 1 more); input should be less than 1"),
+        ("data.test=0", "data.test = 0 leaves no rows for the table at the end; set it above 0"),
+        ("data.rows=' '", "data: rows is empty; name one, or leave it out"),
+        ("data.text=''", "data: text is empty"),
+        ("seed=9223372036854775808", "input should be less than 9223372036854775808"),
+        ("model=''", "model is empty"),
+        ("name=''", "name is empty"),
+        ("name='a/../../b'", "name = 'a/../../b' leads out of the folder runs"),
+        ("data.prompt_words=[5, 3]", "prompt_words = [5, 3] is empty; write the smaller number first"),
+        ("task.metrics=['a.py:f', 'b.py:f']", "task.metrics names 'a.py:f' and 'b.py:f', both called f"),
+        ("task.metrics=['a.py:reward']", "would be taken for the metric task/reward; rename the function"),
+        ("eval.judges=vader", 'eval.judges = \'vader\'; write a list, as in ["a", "b"]'),
+        ("rl.reward={'a:b'='x'}", "rl.reward.a:b = 'x'; input should be a valid number"),
+        ("rl=3", "rl = 3; write a table"),
+        ("data.max_tokens=64", "rl.max_tokens = 64 leaves no room for a prompt within data.max_tokens = 64"),
+        ("eval.judges=['stage:reward']", "eval.judges is stage:reward but there is no [reward] table"),
+        ("task.prompt='{t!z}'", "formats its field 't', which is taken as it is; write {t}"),
+        ("task.prompt='{t:>9}'", "formats its field 't'"),
         ("rl.slots=8", "unknown key 'rl.slots'; did you mean 'limits.slots'?"),
         ("limits.max_failures=2", "limits.max_failures = 2"),
         ("foo", "override 'foo' has no value"),
@@ -226,3 +244,18 @@ def test_a_table_of_an_algorithm_holds_for_it_alone_above_rl_and_below_the_comma
     ):
         with pytest.raises(RecipeError, match=near):
             load_recipe(BASE | {"rl": dict(BASE["rl"], grpo=bad)})
+
+
+def test_a_side_without_rows_is_told_where_something_is_measured_on_it():
+    assert load_recipe(BASE, ["data.valid=0"]).data.valid == 0  # rl alone is watched by its rollouts
+    fitted = {**BASE, "sft": {}}
+    with pytest.raises(RecipeError, match=r"data.valid = 0 leaves \[sft\] no rows to be watched by; set it above 0"):
+        load_recipe(fitted, ["data.valid=0"])
+
+
+def test_labels_are_prompts_enough_for_a_task():
+    data = {"rows": "r", "text": "t", "classes": "kind"}
+    recipe = load_recipe(
+        {"model": "m", "data": data, "task": {"reference": "kind", "metrics": ["accuracy"]}, "sft": {}}
+    )
+    assert recipe.evaluated

@@ -1,15 +1,28 @@
 """Every shipped recipe, whole, at smoke size: a tiny model from scratch on a few rows of the same columns."""
 
+import json
+
 import pytest
 
 import upslope
 from tests.conftest import make_rows
 from upslope.config import load_recipe, shipped_recipes
+from upslope.config.recipe import source_name
 from upslope.observe.events import read_events
 
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
 SNIPPETS = [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()]
 ROWS = {
+    "arithmetic": [
+        {
+            "question": f"{a} + {b} =",
+            "answer": str(a + b),
+            "dataset": "chain_sum",
+            "entry": json.dumps({"answer": str(a + b)}),
+        }
+        for a in range(12)
+        for b in range(10)
+    ],
     "sentiment-ppo": SNIPPETS,
     "lstm-ppo": SNIPPETS,
     "spelling-correction": [
@@ -17,11 +30,53 @@ ROWS = {
         for n in range(12)
         for w in WORDS
     ],
+    "spelling-encdec": [
+        {"typo": f"{w}{w[-1]}{'ab'[n % 2]}{n // 2}", "word": f"{w}{'ab'[n % 2]}{n // 2}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "sentiment-classification": SNIPPETS,
+    "topic-classification": [
+        {"text": f"{topic} rose {n} points, said {WORDS[n % 10]}", "topic": topic, "source": f"{topic} {n % 30}"}
+        for n in range(60)
+        for topic in ("crude", "grain", "gold")
+    ],
+    "spam-classification": [
+        {"text": f"{says} {WORDS[n % 10]}, number {n}", "label": label, "thread": f"{label} {n}"}
+        for n in range(60)
+        for label, says in (("ham", "the meeting is about the"), ("spam", "buy now and win a"))
+    ],
+    "retrieval": [
+        {"sentence": f"the {w} of {n}", "word": f"{w}{n}", "passages": [f"{w} there", "no", f"a {n}"], "right": n % 2}
+        for n in range(8)
+        for w in WORDS
+    ],
     "word-qa": [
         {"definition": f"what is called {w} in place {n}", "word": f"{w}{n}", "words": [w, f"{w}s"]}
         for n in range(12)
         for w in WORDS
     ],
+    "translation": [
+        {"german": f"Das ist Nummer {n} von {w}.", "english": f"This is number {n} of {w}."}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "style-kjv": [
+        {"king_james": f"And {n} {w} are good.", "modern": f"{n} {w} are good.", "book": f"{w} {n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "summarisation": [
+        {"description": f"This is a package for {w} with {n} parts.", "synopsis": f"{w} {n}", "source": f"{w}{n % 4}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "dialogue": [
+        {"said": f"Do you like the {w}?", "reply": f"Yes, {n} of them.", "conversation": f"{w} {n}"}
+        for n in range(12)
+        for w in WORDS
+    ],
+    "fluency": SNIPPETS,
 }
 SMOKE = (
     "dtype=fp32",
@@ -29,7 +84,6 @@ SMOKE = (
     "data.max_tokens=120",
     "rl.steps=2",
     "rl.prompts=4",
-    "rl.max_tokens=8",
     "rl.freeze_layers=0",
     "eval.prompts=6",
     "eval.watched=4",
@@ -42,19 +96,29 @@ def test_each_recipe_has_rows_to_be_tried_with():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path):
+def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_dir):
     recipe = load_recipe(name)
-    kind = "decoder" if isinstance(recipe.model, str) else recipe.model.kind
+    if "verifier" in recipe.task.metrics:
+        pytest.importorskip("reasoning_gym")
+    chooses = bool(recipe.data.classes or recipe.data.passages)
+    kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
     over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
+    over += [f"rl.max_tokens={1 if chooses else 8}"]
     for stage in recipe.stages:
         over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
         over += [f"{stage}.freeze_layers=0"]
+    if chooses and recipe.data.keep.get("topic"):
+        over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
+    if any(source.startswith("likelihood:") for source in recipe.rl.rewards):  # a judge that needs no network
+        others = [f"{s} = {w}" for s, w in recipe.rl.rewards.items() if not s.startswith("likelihood:")]
+        over += ["rl.reward={" + ", ".join([f'"likelihood:{model_dir}" = 1.0', *others]) + "}"]
     folder = upslope.train(name, *over, rows=ROWS[name], out=tmp_path / "run", plain=True)
     events = read_events(folder / "events.jsonl")
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     names = [row[0] for row in table["rows"]]
-    assert [f"task: {metric}" for metric in recipe.task.metrics] == [n for n in names if n.startswith("task: ")]
+    measured = [*map(source_name, recipe.task.metrics), *(["mrr"] if recipe.data.passages else [])]
+    assert [f"task: {metric}" for metric in measured] == [n for n in names if n.startswith("task: ")]
     assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
     assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]

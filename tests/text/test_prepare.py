@@ -219,3 +219,26 @@ def test_prompts_are_first_words_and_draw_their_number_by_the_text_alone(tokeniz
 def test_c7_prompts_too_long_are_dropped_with_a_count(tokenizer):
     with pytest.raises(DataError, match=r"no prompts left of 1: longer than 2 tokens \(1 of 1\)"):
         prepare.prompts(table(p=["a very long prompt"]), tokenizer, prompt="p", max_tokens=2)
+
+
+def test_what_is_missing_or_no_text_is_dropped_and_counted(tokenizer):
+    rows = Dataset.from_list([{"q": "a", "n": 1, "e": "b"}, {"q": None, "n": 2, "e": "b"}, {"q": "c", "n": 3, "e": ""}])
+    made, account = prepare.completion_examples(rows, tokenizer, prompt="q", completion="e", max_tokens=20)
+    assert [e.row for e in made] == [0]
+    assert (
+        account.dropped == {"without a prompt": 1, "without a completion": 1} and account.first["without a prompt"] == 1
+    )
+    with pytest.raises(DataError, match=r"no examples left of 3: that are no text"):
+        prepare.completion_examples(rows, tokenizer, prompt="n", completion="e", max_tokens=20)
+    made, account = prepare.prompts(rows, tokenizer, prompt="q", max_tokens=20)
+    assert [p.number for p in made] == [0, 2] and account.dropped == {"without a prompt": 1}
+
+
+def test_conversations_that_are_none_or_teach_nothing_are_told_apart(tokenizer):
+    ask, answer = {"role": "user", "content": "a film?"}, {"role": "assistant", "content": "a fine film"}
+    rows = Dataset.from_list(
+        [{"m": [ask, answer]}, {"m": [ask]}, {"m": [{"role": "user", "content": None}]}, {"m": []}]
+    )
+    made, account = prepare.chat_examples(rows, tokenizer, messages="m", max_tokens=90)
+    assert [e.row for e in made] == [0]
+    assert account.dropped == {"without a turn of the assistant": 1, "without turns of role and content": 2}

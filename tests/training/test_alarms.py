@@ -336,6 +336,19 @@ def test_steps_without_a_finite_loss_are_skipped_and_some_in_a_row_stop_the_run(
     assert [s["optim/skipped"] for s in steps] == [1.0] * SKIPS_ALLOWED
 
 
+@pytest.mark.parametrize("stage", ["reward", "rl"])
+def test_the_other_loops_stop_with_their_batch_saved_too(recipe, rows, tmp_path, monkeypatch, stage):
+    inner = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **o: inner(*a, **o) * float("nan"))
+    del recipe["sft"]
+    del recipe["rl" if stage == "reward" else "reward"]
+    with pytest.raises(RunError, match=f"lower {stage}.optim.lr, and look at the last batch"):
+        upslope.train(recipe, f"{stage}.steps=9", reward=count_vowels, rows=rows, out=tmp_path / "run", plain=True)
+    saved = json.loads((tmp_path / "run" / stage / "bad-batch.json").read_text())
+    assert saved["step"] == SKIPS_ALLOWED and saved["metrics"]["optim/skipped"] == 1.0
+    assert all(item["chosen" if stage == "reward" else "actions"] for item in saved["batch"])
+
+
 def test_a_single_bad_step_is_skipped_counted_and_marked(recipe, rows, tmp_path, monkeypatch):
     inner, calls = torch.nn.utils.clip_grad_norm_, []
 

@@ -64,6 +64,13 @@ def test_labels_are_learned_and_counted_on_unseen_rows(finished):
     assert config["id2label"] == {"0": "bad", "1": "good", "2": "so-so"}
     model = upslope.load(finished / "sft" / "model", dtype="fp32")
     assert model.generate(["a lovely film, number 7", "a grim film, number 3"], temperature=0.0) == ["good", "bad"]
+    with pytest.raises(ModelError, match=r"chooses among 3 labels and says nothing else; use generate"):
+        model.chat([{"role": "user", "content": "a lovely film"}])
+
+
+def test_a_run_folder_as_the_model_of_a_recipe_is_told_what_is_in_it(finished, tmp_path):
+    with pytest.raises(ModelError, match=r"has no config.json; name a model of that run: .*rl/model, .*sft/model"):
+        train(tmp_path / "run", model=str(finished))
 
 
 def test_an_episode_is_one_action_that_ends_it(finished):
@@ -119,6 +126,32 @@ def test_a_label_that_the_training_side_lacks_is_named_by_its_row(tmp_path):
             recipe(), rows=[r | {"label": f"odd {i}"} if i > 20 else r for i, r in enumerate(rows)],
             out=tmp_path / "run", plain=True,
         )  # fmt: skip
+
+
+def weighted(weights, **task):
+    task = {"prompt": "{text}", "reference": "label", "metrics": ["weighted_accuracy"], "weights": weights} | task
+    data = {key: value for key, value in recipe()["data"].items() if key != "text"}
+    rl = recipe()["rl"] | {"reward": "weighted_accuracy"}
+    return {"task": task, "data": data, "rl": rl, "sft": {"steps": 2}, "eval": {"prompts": 6, "judges": []}}
+
+
+def test_a_reward_may_pay_each_label_its_own_weight(tmp_path):
+    run = train(tmp_path / "run", **weighted({"good": 8.0, "bad": 1.0, "so-so": 1.0}))
+    episodes = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    paid = {}
+    for e in episodes:
+        if e["total"]:
+            paid.setdefault(e["completion"], set()).add(round(e["total"], 6))
+    assert len(paid["good"]) == 1 and paid["good"].pop() == pytest.approx(8 * paid["bad"].pop(), rel=1e-5)
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    with pytest.raises(DataError, match="the reference 'so-so' has rows and no weight on the training side"):
+        train(tmp_path / "a", **weighted({"good": 8.0, "bad": 1.0}))
+    with pytest.raises(RecipeError, match="is weighted_accuracy, which has no weights; set task"):
+        train(tmp_path / "b", **weighted(None))
+    with pytest.raises(RecipeError, match="weights are of references; set reference to their column"):
+        train(tmp_path / "c", **weighted("balanced", reference=None))
 
 
 def test_what_cannot_be_is_one_line(finished, model_dir, tmp_path):

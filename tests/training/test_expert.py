@@ -232,7 +232,8 @@ def test_too_many_failures_stop_the_stage(model_dir, rows, tmp_path, monkeypatch
     [
         (["expert.min_score=99"], DataError, "none of 32 train samples was kept; the best score was .*"),
         (["expert.keep=5"], RecipeError, "keep = 5 of 4 samples"),
-        (["expert.max_tokens=60"], DataError, "no prompts left"),
+        (["expert.max_tokens=60"], RecipeError, "leaves no room for a prompt within data.max_tokens = 60"),
+        (["expert.max_tokens=59"], DataError, "no prompts left"),
         (["expert.freeze_layers=3"], RecipeError, "the model has 2 blocks"),
         (["expert.reward='stage:sft'"], RecipeError, "the one stage that is a reward is stage:reward"),
         (["expert.reward='nowhere:f'"], RewardError, "nowhere"),

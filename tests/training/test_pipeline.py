@@ -198,7 +198,7 @@ def raises(prompts, completions, rows):
     ("changes", "error", "message"),
     [
         ({"reward": bad_half}, RewardError, "3 of 6 rewards failed, the first with bad_half: returned None"),
-        ({"reward": raises}, RewardError, "6 of 6 rewards failed, the first with raises: KeyError"),
+        ({"reward": raises}, RewardError, "rl.reward: raises failed on each of the 8 .* KeyError"),
         ({"rows": [{"txt": "a"}]}, DataError, "no column 'text'; did you mean 'txt'"),
         ({"rows": []}, DataError, "there are no rows"),
         ({"model": "nowhere/at/all"}, DataError, "no such file"),

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import make_rows
 from tests.training.test_task import make_task_rows, task_recipe
 from upslope.config import load_recipe
-from upslope.errors import DataError
+from upslope.errors import DataError, ModelError
 from upslope.training.preview import preview
 
 
@@ -83,3 +83,26 @@ def test_nothing_left_is_an_error_as_in_a_run(model_dir, capsys):
         recipe["data"]["max_tokens"] = 10
         recipe["rl"]["max_tokens"] = 8
         told(recipe, make_task_rows(), capsys)
+
+
+def test_columns_that_are_no_text_are_one_line(capsys):
+    shape = {"width": 16, "layers": 1, "heads": 2, "context": 64, "vocab": 300}
+    recipe = {"model": shape, "data": {"rows": "given", "messages": "m", "max_tokens": 60}, "sft": {"steps": 1}}
+    with pytest.raises(DataError, match=r"no examples left of \d+: without turns of role and content"):
+        told(recipe, [{"m": f"hello {n}"} for n in range(40)], capsys)
+    recipe["data"] = {"rows": "given", "prompt": "q", "completion": "a", "max_tokens": 60}
+    with pytest.raises(DataError, match=r"no examples left of \d+: that are no text"):
+        told(recipe, [{"q": n, "a": n} for n in range(40)], capsys)
+
+
+def test_an_encoders_texts_are_shown_as_they_are_masked_from_and_one_that_should_write_is_refused(capsys):
+    shape = {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 64, "vocab": 300}
+    data = {"rows": "given", "text": "text", "max_tokens": 60}
+    recipe = {"model": shape, "data": data, "pretrain": {"steps": 1}}
+    said = told(recipe, make_rows(), capsys, examples=1)
+    assert "pretrain: train texts: " in said and "of which some are masked at each step" in said
+    with pytest.raises(ModelError, match=r"an encoder, which writes no text, and \[sft\] asks it to; set data.classes"):
+        told(recipe | {"sft": {"steps": 1}}, make_rows(), capsys)
+    recipe["model"] = shape | {"kind": "decoder"}
+    with pytest.raises(ModelError, match=r"data.classes is set, and the model is no encoder"):
+        told(recipe | {"data": data | {"classes": "label"}}, make_rows(), capsys)

@@ -8,7 +8,7 @@ defaults for all of them; a stage's own `[stage.optim]` wins. Neither torch nor 
 
 from upslope.config.load import describe, find_recipe, load_recipe, read_recipe, shipped_recipes
 from upslope.config.presets import PRESETS
-from upslope.config.recipe import POLICY_STAGES, STAGES, Recipe, source_name
+from upslope.config.recipe import CLOSING, POLICY_STAGES, STAGES, Recipe, may_change, source_name
 from upslope.config.rl import RL, Trust
 from upslope.config.tables import (
     Data,
@@ -24,6 +24,7 @@ from upslope.config.tables import (
 )
 
 __all__ = [
+    "CLOSING",
     "POLICY_STAGES",
     "PRESETS",
     "RL",
@@ -43,6 +44,7 @@ __all__ = [
     "describe",
     "find_recipe",
     "load_recipe",
+    "may_change",
     "read_recipe",
     "shipped_recipes",
     "source_name",

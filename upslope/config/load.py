@@ -164,8 +164,11 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     """The first problem of a recipe as (what, remedy), with the nearest name for an unknown key."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    where = _where(first)
+    # of a value that may be of several types, what is wrong inside it says more than that it is not of the first one
+    first = max((p for p in problems if _where(p).startswith(where)), key=lambda p: len(_where(p).split(".")))
+    places = {_where(p) for p in problems if not _where(p).startswith(where)}
+    where, others = _where(first), f" (and {len(places)} more)" if places else ""
     if first["type"] == "extra_forbidden":
         table, key = first["loc"][:-1], str(first["loc"][-1])
         names = _fields_at(table)
@@ -178,7 +181,20 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         what, colon, remedy = str(first["ctx"]["error"]).partition(": ")
         return f"recipe: {where}: {what}{others}" if where else f"recipe: {what}{others}", remedy if colon else ""
     seen = first["input"]
-    return f"recipe: {where} = {seen!r}{others}", first["msg"][0].lower() + first["msg"][1:]
+    return f"recipe: {where} = {seen!r}{others}", PLAIN.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+
+
+PLAIN = {  # what pydantic says in words of Python
+    "tuple_type": 'write a list, as in ["a", "b"]',
+    "list_type": 'write a list, as in ["a", "b"]',
+    "model_type": "write a table, as in {key = 1}",
+    "dict_type": "write a table, as in {key = 1}",
+}
+
+
+def _where(problem: Any) -> str:
+    """The dotted key that a problem is of."""
+    return ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
 
 
 def _is_union_tag(part: int | str) -> bool:

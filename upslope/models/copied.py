@@ -29,7 +29,7 @@ class CopiedRunner(Generic[Kind]):
         self.model.compute_dtype = dtype
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(_held_in(name, dtype))
-        self.output_weight = model.output_weight.detach().to(dtype, copy=True)
+        self.output_weight = model.output_weight.detach().to(self.model.output_dtype, copy=True)
 
     @torch.no_grad()
     def load(self, model: Kind) -> None:
@@ -46,8 +46,8 @@ class CopiedRunner(Generic[Kind]):
     def checksum_of(self, model: Kind) -> str:
         """The checksum that this runner has when a model's present weights have reached it."""
         parts = [(n, p.to(_held_in(name, self.dtype))) for n, (name, p) in enumerate(model.named_parameters(), 1)]
-        return sum_of_words([*parts, (0, model.output_weight.to(self.dtype))])
+        return sum_of_words([*parts, (0, model.output_weight.to(self.model.output_dtype))])
 
 
 def _held_in(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm." in name or ".relative." in name else dtype
+    return torch.float32 if "norm." in name or ".relative." in name or name == "sharpness" else dtype

@@ -1,4 +1,8 @@
-"""Encoders in and out of Hugging Face layout: BERT, with or without a pooler, masked head and label head, strictly."""
+"""Encoders in and out of Hugging Face layout: BERT, with or without a pooler, masked head and label head, strictly.
+
+A sentence encoder's folder says in 1_Pooling/config.json that a text is the mean of its states; it has no pooler
+here, and transformers has no class that makes labels of the mean: its BertModel reads the rest.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +25,27 @@ from upslope.models.weights import fill, read_weights
 MODEL_TYPES = ("bert",)
 ACTIVATIONS = {**COMMON, "relu": "relu"}
 IGNORED = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # buffers and copies
-PAIRED = ("cls.seq_relationship.weight", "cls.seq_relationship.bias")  # next-sentence prediction: not used here
+PAIRED = "cls.seq_relationship.weight"
 CLASSIFIER = "classifier.weight"
+POOLING, MEAN, FIRST = "1_Pooling/config.json", "pooling_mode_mean_tokens", "pooling_mode_cls_token"
+MODULES = [  # as sentence-transformers writes them
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
 
 
 def load_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Encoder:
     """A BERT from its folder. Raises ModelError."""
     raw = read_config(folder)
-    weights = {name: w for name, w in read_weights(folder) if not name.endswith(IGNORED) and name not in PAIRED}
+    weights = {name: w for name, w in read_weights(folder) if not name.endswith(IGNORED)}
     bare = not any(name.startswith("bert.") for name in weights)  # stored without a head
     if bare:
         weights = {f"bert.{name}": w for name, w in weights.items()}
+    pooling = _pooling(folder)
+    if pooling is not None:
+        weights = {name: w for name, w in weights.items() if not name.startswith("bert.pooler.")}
     with reading(folder / "config.json"):
-        config = _config(raw, weights, folder)
+        config = _config(raw, weights, pooling == MEAN, folder)
         check_sizes(config.stack, folder)
         check_sizes(config, folder)
         with torch.device("meta"):
@@ -51,7 +63,7 @@ def save_encoder(model: Encoder, folder: Path) -> None:
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     back = {"gelu_tanh": "gelu_new"}
     raw: dict[str, Any] = {
-        "architectures": ["BertForSequenceClassification" if c.labels else "BertForMaskedLM"],
+        "architectures": ["BertForMaskedLM"],
         "model_type": "bert",
         "vocab_size": c.tokens,
         "hidden_size": c.stack.width,
@@ -65,12 +77,37 @@ def save_encoder(model: Encoder, folder: Path) -> None:
         "pad_token_id": c.pad_id,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-    if c.labels:
+    if c.paired:
+        raw["architectures"] = ["BertForPreTraining"]
+    if c.separator is not None:
+        raw |= {"architectures": ["BertModel"], "upslope_passages": len(c.labels), "upslope_separator": c.separator}
+    elif c.labels:
+        raw["architectures"] = ["BertForSequenceClassification"]
         raw |= {"id2label": dict(enumerate(c.labels)), "label2id": {name: n for n, name in enumerate(c.labels)}}
+    if c.mean:
+        raw["architectures"] = ["BertModel"]
+        (folder / POOLING).parent.mkdir(exist_ok=True)
+        pooling = {"word_embedding_dimension": c.stack.width, MEAN: True}
+        (folder / POOLING).write_text(json.dumps(pooling, indent=2) + "\n", encoding="utf-8")
+        (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], folder: Path) -> EncoderConfig:
+def _pooling(folder: Path) -> str | None:
+    """How a sentence encoder's folder says that texts are pooled; None for others. Raises ModelError for other ways."""
+    path = folder / POOLING
+    if not path.is_file():
+        return None
+    with reading(path):
+        modes = json.loads(path.read_text(encoding="utf-8"))
+        found = [name for name, value in modes.items() if name.startswith("pooling_mode_") and value is True]
+    if found not in ([MEAN], [FIRST]):
+        said = ", ".join(found) or "no pooling"
+        raise ModelError(f"{path} asks for {said:.80}, which is not known", f"use one of {MEAN} or {FIRST}")
+    return found[0]
+
+
+def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], mean: bool, folder: Path) -> EncoderConfig:
     for key in ("is_decoder", "add_cross_attention"):
         if raw.get(key):
             raise ModelError(f"{folder}: {key} is set, which an encoder is not", "use another model")
@@ -85,6 +122,8 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], folder: Path) ->
     if CLASSIFIER in weights:
         named = raw.get("id2label") or {}
         labels = tuple(str(named.get(str(n), f"LABEL_{n}")) for n in range(len(weights[CLASSIFIER])))
+    if raw.get("upslope_separator") is not None:
+        labels = tuple(str(n) for n in range(int(raw["upslope_passages"])))
     stack = StackConfig(
         width=raw["hidden_size"],
         layers=raw["num_hidden_layers"],
@@ -107,9 +146,12 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Any], folder: Path) ->
         stack=stack,
         types=raw.get("type_vocab_size", 2),
         pooler="bert.pooler.dense.weight" in weights,
+        mean=mean,
         masked_head="cls.predictions.bias" in weights,
+        paired=PAIRED in weights,
         labels=labels,
         pad_id=raw.get("pad_token_id") or 0,
+        separator=raw.get("upslope_separator"),
     )
 
 
@@ -122,6 +164,7 @@ AROUND = {
     "pooler": "bert.pooler.dense",
     "masked.dense": "cls.predictions.transform.dense",
     "masked.norm": "cls.predictions.transform.LayerNorm",
+    "pair": "cls.seq_relationship",
     "label_head": "classifier",
 }
 BLOCK = {
@@ -140,6 +183,7 @@ def _names(c: EncoderConfig) -> dict[str, str]:
     """Every weight's name: ours -> theirs."""
     table = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in AROUND.items() for part in BOTH}
     table["masked.bias"] = "cls.predictions.bias"
+    table["sharpness"] = "upslope.sharpness"
     for i in range(c.stack.layers):
         for ours, theirs in BLOCK.items():
             table |= {f"stack.blocks.{i}.{ours}.{part}": f"bert.encoder.layer.{i}.{theirs}.{part}" for part in BOTH}

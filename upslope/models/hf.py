@@ -75,9 +75,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ModelError(
-            f"{folder} has no config.json", "name a folder in Hugging Face layout, or a .gguf file"
-        ) from None
+        inside = ", ".join(str(found.parent) for found in sorted(folder.glob("*/model/config.json")))
+        remedy = f"name a model of that run: {inside}" if inside else "name one in Hugging Face layout, or a .gguf file"
+        raise ModelError(f"the folder {folder} has no config.json", remedy) from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}", "write the model's folder again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None

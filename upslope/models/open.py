@@ -128,6 +128,11 @@ def needs_source(source: Path | str) -> bool:
     return _kind_at(_local(source)).trunk.needs_source
 
 
+def reads_only(source: Path | str) -> bool:
+    """Whether the model there is an encoder, which writes no text, by its configuration alone. Raises ModelError."""
+    return _kind_at(_local(source)).trunk.masks
+
+
 def save_model(model: Trunk, folder: Path) -> None:
     """Write config.json and model.safetensors; weights in their own dtype. Raises ModelError."""
     _kind_of(model).save(model, folder)

@@ -46,8 +46,13 @@ class Trunk(nn.Module):
         """weight_VD of the projection to logits."""
         raise NotImplementedError
 
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype in which hidden states are projected to logits."""
+        return self.compute_dtype
+
     def hidden(self, batch: Ragged) -> Tensor:
-        """hidden_ND in compute_dtype: the state at `batch.previous[n]` predicts token n.
+        """hidden_ND in output_dtype: the state at `batch.previous[n]` predicts token n.
 
         Raises ModelError beyond the context.
         """
@@ -62,9 +67,11 @@ class Trunk(nn.Module):
         """The names of what a classifier chooses from; none for a model that writes."""
         return ()
 
-    def take_labels(self, labels: tuple[str, ...]) -> None:
-        """Choose among these from now on. Raises ModelError for a model that writes."""
-        raise ModelError("data.classes is set, and the model is no encoder", "remove it, or choose an encoder")
+    def take_labels(self, labels: tuple[str, ...], separator: int | None = None) -> None:
+        """Choose among these from now on; separator: the token that ends each passage of a source, where the labels are
+        the numbers of its passages. Raises ModelError for a model that writes."""
+        key = "data.classes" if separator is None else "data.passages"
+        raise ModelError(f"{key} is set, and the model is no encoder", "remove it, or choose an encoder")
 
     def lowest(self, layers: int) -> list[nn.Parameter]:
         """The parameters of the embeddings and of the lowest blocks."""

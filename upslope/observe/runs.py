@@ -243,6 +243,6 @@ def _progress(
 ) -> str:
     stage = next((s for s in steps if s not in finished), steps[-1])
     if stage == "eval":
-        return "rl done, not evaluated"
+        return "trained, not evaluated"
     reached = max((curve[-1][0] for curve in curves.get(stage, {}).values() if curve), default=0)
     return f"{stage} {reached} of {recipe[stage].get('steps', '?')}"

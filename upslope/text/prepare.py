@@ -19,6 +19,8 @@ from upslope.text.examples import Example, Examples, Pair, Pairs, Tokens
 from upslope.text.openings import Words, opened, word_count
 from upslope.text.tokenizer import Tokenizer
 
+Learned = tuple[list[int], list[bool]]  # the ids of an example, and which of them are learned
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -54,22 +56,38 @@ def opening_examples(
 
 
 def _continued(
-    rows: Dataset, parts: Iterable[tuple[str | None, str | None]], tokenizer: Tokenizer, max_tokens: int
+    rows: Dataset, parts: Iterable[tuple[Any, Any]], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[Examples, Account]:
-    def made() -> Iterator[tuple[list[int], list[bool]]]:
+    def made() -> Iterator[Learned | str]:
         for start, end in parts:
-            first = tokenizer.encode_prompt(start or "")
-            second = [*tokenizer.encode(end or "", special=False), tokenizer.eos_id]
+            if start is None or end is None or end == "" or end == []:
+                yield "without a prompt" if start is None else "without a completion"
+                continue
+            if not isinstance(start, str) or not isinstance(end, str):
+                yield "that are no text"
+                continue
+            first = tokenizer.encode_prompt(start)
+            second = [*tokenizer.encode(end, special=False), tokenizer.eos_id]
             without = tokenizer.for_sources and not first
-            yield ([], []) if without else ([*first, *second], [False] * len(first) + [True] * len(second))
+            learned = [False] * len(first) + [True] * len(second)
+            yield "with an empty source" if without else ([*first, *second], learned)
 
-    return _fitting(rows, made(), max_tokens, "with an empty source" if tokenizer.for_sources else "empty or malformed")
+    return _fitting(rows, made(), max_tokens)
 
 
 def chat_examples(rows: Dataset, tokenizer: Tokenizer, *, messages: str, max_tokens: int) -> tuple[Examples, Account]:
     """Conversations; the assistant's turns and their ends are learned."""
-    made = (tokenizer.chat_example(turns) if _is_chat(turns) else ([], []) for turns in rows[messages])
-    return _fitting(rows, made, max_tokens)
+
+    def made() -> Iterator[Learned | str]:
+        for turns in rows[messages]:
+            if not is_chat(turns):
+                yield "without turns of role and content"
+            elif all(turn["role"] != "assistant" for turn in turns):
+                yield "without a turn of the assistant"
+            else:
+                yield tokenizer.chat_example(turns)
+
+    return _fitting(rows, made(), max_tokens)
 
 
 def pairs(
@@ -178,18 +196,18 @@ def prompts(
     account = Account(len(rows), unit="prompts")
     made = []
     for i, row in zip(row_numbers(rows), rows, strict=True):
-        if prompt and not isinstance(row[prompt] or "", str):
-            account.drop("that are no text", i)
+        if prompt and not isinstance(row[prompt], str):
+            account.drop("without a prompt" if row[prompt] is None else "that are no text", i)
             continue
         if prompt:
-            shown = row[prompt] or ""
+            shown = row[prompt]
         elif text:
             count = word_count(row[text], words, seed)
             shown, rest = opened(row[text], count)
             if not rest:
                 account.drop(f"with no more than {count} words", i)
                 continue
-        elif not _is_chat(row[messages]):
+        elif not is_chat(row[messages]):
             account.drop("without turns of role and content", i)
             continue
         else:
@@ -211,16 +229,17 @@ def _refuse_sources(tokenizer: Tokenizer, what: str, remedy: str) -> None:
         raise DataError(f"an encoder-decoder cannot learn from {what}: there is nothing for its encoder", remedy)
 
 
-def _fitting(
-    rows: Dataset, made: Iterable[tuple[list[int], list[bool]]], max_tokens: int, empty: str = "empty or malformed"
-) -> tuple[Examples, Account]:
+def _fitting(rows: Dataset, made: Iterable[Learned | str], max_tokens: int) -> tuple[Examples, Account]:
+    """The examples among what was made of each row: ids and what is learned of them, or why there is nothing."""
     account = Account(len(rows), unit="examples")
     kept = Examples()
-    for number, (ids, learned) in zip(row_numbers(rows), made, strict=True):
+    for number, found in zip(row_numbers(rows), made, strict=True):
+        if isinstance(found, str):
+            account.drop(found, number)
+            continue
+        ids, learned = found
         if len(ids) > max_tokens:
             account.drop(f"longer than {max_tokens} tokens", number)
-        elif not ids:
-            account.drop(empty, number)
         elif len(ids) < 2 or not any(learned[1:]):
             account.drop("with nothing to learn", number)
         else:
@@ -249,9 +268,13 @@ def _number(value: Any) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _is_chat(turns: Any) -> bool:
+def is_chat(turns: Any) -> bool:
     """Whether a value is a conversation: turns of a role and a content."""
-    return bool(turns) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
+    return (
+        isinstance(turns, list | tuple)
+        and bool(turns)
+        and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in turns
+        )
     )

@@ -34,8 +34,9 @@ def puzzles(source: str) -> list[dict[str, Any]]:
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
+    gym = library()
     try:
-        made = library().create_dataset(name, **options)
+        made = gym.create_dataset(name, **options)
         return [
             {
                 "question": entry["question"],

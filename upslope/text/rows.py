@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetNotFoundError
 from upslope.errors import DataError
 from upslope.sources import MADE
 from upslope.text.arrow import GrowingTable
+from upslope.text.cleaning import ROW_NUMBER
 from upslope.text.corpora import corpus
 from upslope.text.reasoning import puzzles
 
@@ -73,7 +74,8 @@ def require_columns(rows: Dataset, names: Sequence[str], source: str) -> None:
         if name not in rows.column_names:
             near = difflib.get_close_matches(name, rows.column_names, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{source} has no column {name!r}", f"{hint}it has {', '.join(rows.column_names)}")
+            known = ", ".join(column for column in rows.column_names if column != ROW_NUMBER)
+            raise DataError(f"{source} has no column {name!r}", f"{hint}it has {known}")
 
 
 def _from_list(source: Any) -> Dataset:

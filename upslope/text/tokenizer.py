@@ -29,6 +29,7 @@ class Tokenizer:
     """
 
     labels: tuple[str, ...] = ()  # see labels.py
+    separator: int | None = None  # see passages.py
 
     def __init__(self, inner: Any, source: str, *, for_sources: bool = False) -> None:
         eos = inner.sep_token_id if inner.eos_token_id is None and for_sources else inner.eos_token_id
@@ -40,6 +41,7 @@ class Tokenizer:
         self.source = source
         self.for_sources = for_sources
         self.eos_id: int = int(eos)
+        self.end_id = self.eos_id  # of a text, also where labels are what is written (labels.py)
         self.bos_id: int | None = None if inner.bos_token_id is None else int(inner.bos_token_id)
         self.vocab_size: int = len(inner)
         encoded = inner("a").input_ids

@@ -5,7 +5,7 @@ message or nothing. One that begins is recorded, shown in red and put into the r
 Three things stop a run instead, for it can no longer be right: optimizer steps in a row that are not finite (below),
 weights that did not reach the engine (engine.py), and more failed rewards than limits.max_failures (scoring.py).
 Held-out prompts have an alarm of their own (judged_worse), in the table at the end and where [task] measures on the
-way.
+way; so has a best model whose checkpoint is damaged (best.py).
 """
 
 from __future__ import annotations

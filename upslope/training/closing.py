@@ -8,13 +8,15 @@ expert     the model fitted to rl's own best samples, where there is such a stag
 
 from __future__ import annotations
 
+import time
+
 from upslope.config import source_name
 from upslope.rewards.reference import COLUMN
 from upslope.text.baselines import BASELINES
 from upslope.text.prepare import Prompt
 from upslope.training.data import make_prompts
 from upslope.training.encoder import encoder_folder
-from upslope.training.final import Comparison, Trial, record_comparison
+from upslope.training.final import Comparison, Trial, record_comparison, write_answers
 from upslope.training.parts import Pipeline
 from upslope.training.probe import ProbeSource
 from upslope.training.scoring import Scorer, Source
@@ -27,6 +29,7 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
 
     draw numbers the set of random numbers that the completions are sampled with.
     """
+    began = time.monotonic()
     prompts = make_prompts(p.run, p.splits["test"], p.tokenizer, "test", "rl" if p.recipe.rl else "eval")
     prompts = prompts[: p.recipe.eval.prompts]
     judges, scorer, metrics = _judges(p), p.scorer(), p.task_metrics()
@@ -66,8 +69,14 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
     shape = _comparison(p, labels)
     lower = [f"task: {name}" for name in metrics.lower]
     found = record_comparison(p.run, prompts, outcomes, weights, shape, lower)
+    write_answers(p.run, prompts, labels, outcomes)
     closing = {name: {label: e.value for label, e in zip(labels, row, strict=False)} for name, row in found.items()}
-    p.run.mark_done("eval", closing)
+    ends = {
+        name: {label: [e.value, e.low, e.high] for label, e in zip([*labels, "change"], row, strict=True)}
+        for name, row in found.items()
+    }
+    seconds = time.monotonic() - began
+    p.run.mark_done("eval", closing, prompts=len(prompts), intervals=ends, seconds=seconds)
 
 
 def original_of(p: Pipeline) -> str:
@@ -92,9 +101,11 @@ def baseline_answers(p: Pipeline, prompts: list[Prompt]) -> list[str]:
     """The answers of task.baseline, learned from the training side alone."""
     task = p.recipe.task
     assert task.baseline is not None
+    passages = p.recipe.data.passages
     columns = [c for c in (COLUMN, task.source_column) if c and c in p.splits["train"].column_names]
     train = p.splits["train"].select_columns(list(dict.fromkeys(columns)))
-    return BASELINES[task.baseline](list(train), [prompt.row for prompt in prompts], task.source_column, COLUMN)
+    rows = [prompt.row for prompt in prompts]
+    return BASELINES[task.baseline](list(train), rows, task.source_column, COLUMN, passages)
 
 
 def _comparison(p: Pipeline, labels: list[str]) -> Comparison:

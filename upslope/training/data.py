@@ -21,9 +21,10 @@ from upslope.text import cleaning, prepare
 from upslope.text.examples import Examples, Pairs
 from upslope.text.labels import LabelTokenizer, class_examples
 from upslope.text.near import without_near
+from upslope.text.passages import PassageTokenizer, passage_examples, passage_prompts
 from upslope.text.rows import load_rows, require_columns
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.masked import masked_texts
+from upslope.training.masked import masked_texts, text_pairs
 
 Splits = dict[str, Dataset]
 
@@ -43,7 +44,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     table = cleaning.numbered(load_rows(source, limit=data.limit))
     made = PROMPT if data.prompt == PROMPT else None
     columns = [data.text, data.prompt, data.completion, data.messages, data.chosen, data.rejected, data.label]
-    columns += [data.classes]
+    columns += [data.classes, data.passages]
     columns += [*task.columns, task.reference, task.source, data.margin, data.group, *data.keep]
     name = data.rows if rows is None else "the rows given"
     require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
@@ -109,7 +110,16 @@ def _as_text(value: Any) -> str | list[str]:
 
 def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
     data, reference = run.recipe.data, run.recipe.task.reference
-    if isinstance(tokenizer, LabelTokenizer):
+    if isinstance(tokenizer, PassageTokenizer):
+        made = passage_examples(
+            rows,
+            tokenizer,
+            prompt=str(data.prompt),
+            passages=str(data.passages),
+            answer=str(data.completion),
+            max_tokens=data.max_tokens,
+        )
+    elif isinstance(tokenizer, LabelTokenizer):
         made = class_examples(
             rows, tokenizer, text=str(data.prompt or data.text), classes=str(data.classes), max_tokens=data.max_tokens
         )
@@ -141,7 +151,9 @@ def masked_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, 
     text = data.text or data.prompt
     if not text:
         raise DataError(f"[{stage}] has nothing to mask", "set data.text")
-    examples, account = masked_texts(rows, tokenizer, text=text, max_tokens=data.max_tokens)
+    examples, account = (text_pairs if data.next else masked_texts)(
+        rows, tokenizer, text=text, max_tokens=data.max_tokens
+    )
     run.account(f"{side} texts: {account}", stage, account.examples())
     return examples
 
@@ -191,6 +203,17 @@ def make_prompts(run: Book, rows: Dataset, tokenizer: Tokenizer, side: str, stag
     that are measured."""
     data = run.recipe.data
     room = data.max_tokens - (getattr(getattr(run.recipe, stage), "max_tokens", None) or run.recipe.max_completion)
+    if isinstance(tokenizer, PassageTokenizer):
+        made, account = passage_prompts(
+            rows,
+            tokenizer,
+            prompt=str(data.prompt),
+            passages=str(data.passages),
+            answer=run.recipe.task.reference,
+            max_tokens=data.max_tokens,
+        )
+        run.account(f"{side} prompts: {account}", stage, account.examples())
+        return made
     prompts, account = prepare.prompts(
         rows,
         tokenizer,

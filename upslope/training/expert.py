@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 from upslope.training.supervised import run_supervised
 from upslope.training.update import StopAsked
+from upslope.training.work import Meter, episode_tokens, work
 
 STAGE = "expert"
 SAMPLES_STEP = 2**30  # a rollout number of its own: these random numbers are no training rollout's
@@ -128,8 +129,9 @@ def run_expert(
     examples = examples_of(run, cfg, train, "train")
     watched = examples_of(run, cfg, held_out, "held-out")
     if load_checkpoint(run.stage_folder(STAGE) / "checkpoints") is None:  # else the log has it already
-        record_best_of(run, cfg, train)
-    fit = Supervised(steps=cfg.steps, batch=cfg.batch, freeze_layers=cfg.freeze_layers, optim=cfg.optim)
+        record_best_of(run, cfg, train, sampling_work(model, episodes))
+    shared = ("steps", "batch", "freeze_layers", "optim", "eval_every", "best_by", "patience")
+    fit = Supervised(**{key: getattr(cfg, key) for key in shared})
     return run_supervised(run, STAGE, fit, model, tokenizer, examples, watched, at_end)
 
 
@@ -158,8 +160,16 @@ def examples_of(run: Run, cfg: Expert, episodes: Sequence[Episode], side: str) -
     return [Example(e.ids, [n in own for n in range(len(e.ids))], e.group) for e, own in zip(kept, places, strict=True)]
 
 
-def record_best_of(run: Run, cfg: Expert, episodes: Sequence[Episode]) -> None:
+def sampling_work(model: Trunk, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Tokens and operations of the samples; the model that drew them has the shape of the one that is fitted."""
+    tokens = episode_tokens(episodes)
+    return work(tokens, Meter.of(model).forward(tokens))
+
+
+def record_best_of(run: Run, cfg: Expert, episodes: Sequence[Episode], metrics: Mapping[str, float]) -> None:
     """The table of what choosing gains: the expected best of n samples for n = 1, 2, 4 and so on, and what was kept.
+
+    metrics: what else is recorded of the samples.
 
     A prompt with fewer than n scores (others failed) has no part in the row of n.
     """
@@ -175,13 +185,13 @@ def record_best_of(run: Run, cfg: Expert, episodes: Sequence[Episode]) -> None:
         for n in sorted({*powers, cfg.samples})
     }
     table["kept"] = [float(np.mean(s)) for s in kept if s]
-    rows, metrics = [], {}
+    rows, found = [], dict(metrics)
     for name, values in table.items():
         if values:
             mean, low, high = interval(np.array(values), seed=run.recipe.seed)
             rows.append([name, Estimate(mean, low, high).text(3), str(len(values))])
-            metrics[f"expert/{name.replace(' ', '_')}"] = mean
-    run.record("eval", stage=STAGE, step=0, metrics=metrics)
+            found[f"expert/{name.replace(' ', '_')}"] = mean
+    run.record("eval", stage=STAGE, step=0, metrics=found)
     note = f"{cfg.samples} samples of each prompt; mean over prompts [95 % bootstrap interval over prompts]"
     columns = ["", "score", "prompts"]
     run.record("table", stage=STAGE, title="expert: what choosing gains", columns=columns, rows=rows, note=note)

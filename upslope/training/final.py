@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,10 +12,14 @@ import numpy as np
 import torch
 
 from upslope.algo import token_logprobs
+from upslope.checkpoint import atomic_write_text
 from upslope.engine import Engine, Sampling
 from upslope.errors import DataError
 from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
-from upslope.models.trunk import Trunk
+from upslope.models.trunk import Trunk, tokens_seen
+from upslope.observe.events import finite
+from upslope.rewards.reference import COLUMN as REFERENCE
+from upslope.rewards.reference import references
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import judged_worse
@@ -22,6 +27,7 @@ from upslope.training.batches import micro_batches
 from upslope.training.collect import generate
 from upslope.training.episode import Episode, action_starts, lay_out
 from upslope.training.heldout import TaskMetrics
+from upslope.training.ranking import logits_of, of_choices, reciprocal_ranks
 from upslope.training.run import Run
 from upslope.training.scoring import Scorer
 
@@ -67,7 +73,10 @@ class Trial:
         if not labels:
             return [*self.tokenizer.encode(text, special=False), self.tokenizer.eos_id]
         if text not in labels:
-            raise DataError(f"the baseline answers {text!r:.40}, which is no label", "set task.baseline = majority")
+            raise DataError(
+                f"the baseline answers {text!r:.40}, which is no label",
+                "set task.baseline = majority, and task.reference to the column of data.classes",
+            )
         return [labels.index(text)]
 
     def outcome(self, episodes: Sequence[Episode], policy: Trunk | None, start: Trunk | None) -> Outcome:
@@ -79,6 +88,8 @@ class Trial:
         for kind, group in (("reward", self.rewards), ("judge", self.judges)):
             for source in group.sources:
                 scores[f"{kind}: {source.name}"] = np.asarray(source(episodes, rows).score_B, dtype=np.float64)
+        if self.tokenizer.separator is not None and REFERENCE in rows[0]:
+            scores["task: mrr"] = self._ranks(episodes, policy)
         kl_P = np.full(len(episodes), np.nan)
         if policy is not None and start is not None and self.own_distribution:
             own = completion_logprobs(policy, episodes, self.sampling.temperature)
@@ -94,12 +105,24 @@ class Trial:
             sets={f"task: {name}": statistic for name, statistic in measured.sets.items()},
         )
 
+    def _ranks(self, episodes: Sequence[Episode], policy: Trunk | None) -> np.ndarray:
+        """1 / rank of each right passage, by the policy's own order or, without one, what a choice alone comes to."""
+        right_P = [int(references(p.row)[0]) for p in self.prompts]
+        if policy is not None:
+            return reciprocal_ranks(logits_of(policy, [p.ids for p in self.prompts], 4096), right_P)
+        counts = [p.ids.count(self.tokenizer.separator or 0) - 1 for p in self.prompts]
+        return of_choices([e.ids[-1] for e in episodes], right_P, counts)
+
 
 @torch.no_grad()
 def completion_logprobs(model: Trunk, episodes: Sequence[Episode], temperature: float) -> np.ndarray:
-    """The log-probability of each episode's actions, summed, under a model; nats."""
-    sums = np.zeros(len(episodes))
-    for part in micro_batches([len(e.ids) for e in episodes], 4096):
+    """The log-probability of each episode's actions, summed, under a model, in nats; nan beyond its context, where the
+    answer of a baseline may lie."""
+    sums = np.full(len(episodes), np.nan)
+    seen = [tokens_seen(model.needs_source, e.prompt_length, len(e.ids) - e.prompt_length) for e in episodes]
+    fitting = [i for i, tokens in enumerate(seen) if tokens <= model.config.context]
+    for places in micro_batches([len(episodes[i].ids) for i in fitting], 4096):
+        part = [fitting[i] for i in places]
         members = [episodes[i] for i in part]
         batch, action_A = lay_out(members, model.needs_source)
         batch = batch.to(model.device)
@@ -155,6 +178,28 @@ def record_comparison(
     ]
     run.record("prompts", stage="eval", samples=shown)
     return found
+
+
+def write_answers(run: Run, prompts: Sequence[Prompt], labels: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """eval/answers.jsonl: a line for each prompt, with each contender's completion and scores, null if failed.
+
+    From it the closing table, and any other statistic over these prompts, can be made without a model.
+    """
+    lines = []
+    for p, prompt in enumerate(prompts):
+        answers = {
+            label: {
+                "completion": outcome.completions[p],
+                "tokens": int(outcome.tokens_P[p]),
+                "ended": bool(outcome.ended_P[p]),
+                "scores": finite({n: round(float(v[p]), 6) for n, v in outcome.scores.items()}, "scores", []),
+            }
+            for label, outcome in zip(labels, outcomes, strict=True)
+        }
+        reference = {"reference": prompt.row[REFERENCE]} if REFERENCE in prompt.row else {}
+        line = {"row": prompt.number, "prompt": prompt.text, **reference, "answers": answers}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    atomic_write_text(run.stage_folder("eval") / "answers.jsonl", "\n".join(lines) + "\n")
 
 
 def _shown(prompt: Prompt, before: Outcome, after: Outcome, p: int) -> dict[str, Any]:

@@ -8,7 +8,8 @@ fallen, both beyond chance, an alarm is recorded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 from upslope.config import source_name
 from upslope.config.metrics import METRICS, falls, judges
 from upslope.engine import Engine, Sampling
+from upslope.errors import DataError
 from upslope.evaluate import Estimate, estimate, interval
 from upslope.models.trunk import Trunk
 from upslope.rewards.corpus import SETS, Statistic
@@ -35,6 +37,16 @@ HELD_OUT_STEP = 2**29  # a rollout number of its own: these random numbers are n
 REWARD = "reward"
 
 
+@contextmanager
+def reading_rows(name: str) -> Iterator[None]:
+    """What a named metric refuses are its rows: a ValueError "what: remedy" becomes a DataError."""
+    try:
+        yield
+    except ValueError as error:
+        what, _, remedy = str(error).partition(": ")
+        raise DataError(f"metric {name}: {what}", remedy) from None
+
+
 class MetricSource:
     """A named metric, computed in this process: it is upslope's own code over well-kept libraries."""
 
@@ -43,7 +55,8 @@ class MetricSource:
         self.function = load_function(source)
 
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> RewardOutput:
-        scores = self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
+        with reading_rows(self.name):
+            scores = self.function([e.prompt for e in episodes], [e.completion for e in episodes], list(rows))
         return RewardOutput(np.array(scores, dtype=np.float64), [None] * len(episodes))
 
     def close(self) -> None:
@@ -77,7 +90,8 @@ class TaskMetrics:
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> Measured:
         scores = {name: np.asarray(source(episodes, rows).score_B) for name, source in self.sources.items()}
         texts = [e.completion for e in episodes]
-        return Measured(scores, {name: SETS[str(kind)](texts, rows) for name, kind in self.sets.items()})
+        with reading_rows(", ".join(self.sets)):
+            return Measured(scores, {name: SETS[str(kind)](texts, rows) for name, kind in self.sets.items()})
 
     def close(self) -> None:
         for source in self.sources.values():
@@ -137,16 +151,17 @@ class Watched:
 
 def watch_task(
     run: Run, watched: Watched | None, state: RunState, steps: int, load: Callable[[], Engine], scorer: Scorer
-) -> None:
+) -> dict[str, float]:
     """Measure the task where it is due after so many rollouts: at the start, every eval.every, at the end.
 
-    What was measured at the start is in the state, so that a resumed run agrees; nothing is measured twice.
+    Returns what was measured, nothing where it is not due. What was measured at the start is in the state, so that a
+    resumed run agrees; nothing is measured twice.
     """
     every, at = run.recipe.eval.every, state.rollout
     seen = state.extra.get("held_out", {})
     if watched is None or not every or seen.get("at") == at or (at % every and at < steps):
-        return
-    _, scores = watched.measure(run, state.stage, at, load(), scorer)
+        return {}
+    metrics, scores = watched.measure(run, state.stage, at, load(), scorer)
     first = seen.get("first", scores)
     paid = {source_name(name) for name in (run.recipe.rl.rewards if run.recipe.rl else {})}
     compared = {n: s for n, s in scores.items() if n == REWARD or (n in watched.metrics.judging and n not in paid)}
@@ -154,6 +169,7 @@ def watch_task(
     if message and not seen.get("alarm"):
         run.record("alarm", stage=state.stage, step=at, name="task_worse", message=message)
     state.extra["held_out"] = {"at": at, "first": first, "alarm": bool(message)}
+    return metrics
 
 
 def _changes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,9 @@ from upslope.engine import Engine, Sampling
 from upslope.errors import ModelError
 from upslope.models.open import load_model, make_runner
 from upslope.models.trunk import Trunk
+from upslope.rewards.answers import weighted_accuracy, weights_of
 from upslope.rewards.language import language
+from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
@@ -103,7 +105,7 @@ class Pipeline:
             found, wanted = kinds if model.needs_source else kinds[::-1]
             raise ModelError(f"{source} is {found}, the recipe's model is {wanted}", "use models of one kind in a run")
         if self.tokenizer.labels and chooses:
-            model.take_labels(self.tokenizer.labels)
+            model.take_labels(self.tokenizer.labels, self.tokenizer.separator)
         if model.config.vocab_size < self.tokenizer.vocab_size:
             tokens = self.tokenizer.vocab_size
             raise ModelError(
@@ -134,12 +136,18 @@ class Pipeline:
             return LearnedSource(label, model, self.tokenizer.eos_id, budget, stop)
         if word == "likelihood":
             judge = load_model(resolve(argument), dtype=self.run.dtype)
+            if judge.masks:
+                raise ModelError(f"{name}: an encoder writes no text and has no likelihood", "name a language model")
             judge.compute_dtype = self.run.dtype
             judge.to(self.run.device).requires_grad_(False)
             tokenizer = Tokenizer.load(resolve(argument), for_sources=judge.needs_source)
             return LikelihoodSource(label, judge, tokenizer, budget, stop)
         if word == "language":
             return self.function_source(partial(language, code=argument), label)
+        if name == "weighted_accuracy":
+            assert self.recipe.task.weights is not None  # recipe.py asks for them
+            worth = weights_of(list(self.splits["train"].select_columns([REFERENCE])), self.recipe.task.weights)
+            return self.function_source(partial(weighted_accuracy, weights=worth), label)
         if name == "similarity":
             return SimilaritySource(label)
         return self.function_source(METRICS[name].source or name if name in METRICS else name, label)
@@ -194,8 +202,8 @@ class Pipeline:
         """Check that measured completions fit a model's context. Raises DataError, with the first row that does not."""
         require_room(model, side, ((p.number, len(p.ids), self.recipe.max_completion) for p in prompts))
 
-    def task_metrics(self) -> TaskMetrics:
-        """The metrics of [task]: the named ones in this process, functions of the user's in theirs."""
+    def task_metrics(self, without: Collection[str] = ()) -> TaskMetrics:
+        """The metrics of [task] but some: the named ones in this process, functions of the user's in theirs."""
 
         def source(name: str) -> Source:
             named = METRICS.get(name)
@@ -203,11 +211,12 @@ class Pipeline:
                 return MetricSource(name, named.source)
             return self.source(name, "eval")
 
-        return TaskMetrics(self.recipe.task.metrics, source)
+        return TaskMetrics([name for name in self.recipe.task.metrics if name not in without], source)
 
     def watched(self, stage: str) -> Watched | None:
-        """What [task] measures on the way, on the validation side; None where it measures nothing."""
-        if not self.recipe.task.metrics:
+        """What is measured on the way, on the validation side: [task], or for rl.best_by the reward alone."""
+        by_reward = stage == "rl" and self.recipe.rl is not None and self.recipe.rl.best_by is not None
+        if not self.recipe.task.metrics and not by_reward:
             return None
         prompts = make_prompts(self.run, self.held_out, self.tokenizer, "held-out", stage)
         prompts = prompts[: self.recipe.eval.watched]
@@ -224,3 +233,14 @@ class Pipeline:
         finally:
             if watched:
                 watched.close()
+
+
+def check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
+    """A teacher and its student choose among the same tokens. Raises ModelError."""
+    if source is None or teacher is None:
+        return
+    if teacher.config.vocab_size != policy.config.vocab_size:
+        raise ModelError(
+            f"the teacher {source} has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}",
+            "choose a teacher of the same vocabulary",
+        )

@@ -9,17 +9,17 @@ import torch
 
 from upslope.config import Recipe, describe
 from upslope.engine import Engine
-from upslope.errors import Interrupted, ModelError, UpslopeError
+from upslope.errors import Interrupted, UpslopeError
 from upslope.models.heads import ActorCritic, RewardModel
 from upslope.models.open import make_runner
-from upslope.models.trunk import Trunk
 from upslope.observe.report import write_report
 from upslope.training.closing import evaluate_run
 from upslope.training.data import make_prompts, masked_examples, preference_pairs, require_room, supervised_examples
 from upslope.training.expert import HELD_OUT_SHARE, draw_samples, read_samples, run_expert
 from upslope.training.pairs import Learner, PolicyLearner, RewardLearner
-from upslope.training.parts import Given, Pipeline, with_room
+from upslope.training.parts import Given, Pipeline, check_teacher, with_room
 from upslope.training.preference import run_pairs
+from upslope.training.rehearse import rehearse
 from upslope.training.rl import Actors, run_rl
 from upslope.training.rollout import Frozen
 from upslope.training.run import Run
@@ -62,6 +62,7 @@ def _run_stages(run: Run, recipe: Recipe, given: Given) -> None:
         recipe = with_room(recipe, torch.cuda.get_device_properties(run.device).total_memory / 1e9)
     start, tokenizer, splits = begin(run, recipe, run.folder, given.rows)
     pipeline = Pipeline(run, recipe, start, tokenizer, splits, given, run.folder)
+    rehearse(pipeline)
     run.plan = plan_work(recipe)
     for stage in stages:
         if run.done(stage):
@@ -140,7 +141,7 @@ def _rl(p: Pipeline) -> None:
         reference=p.trunk(rl.teacher or p.source_of("rl"), trained=False) if rl.uses_reference else None,
         mask=p.trunk(p.source_of("rl"), trained=False) if rl.mask_every else None,
     )
-    _check_teacher(rl.teacher, frozen.reference, policy)
+    check_teacher(rl.teacher, frozen.reference, policy)
     prompts = make_prompts(p.run, p.splits["train"], p.tokenizer, "train")
     require_room(policy, "train", ((prompt.number, len(prompt.ids), rl.max_tokens) for prompt in prompts))
     engine = Engine(
@@ -180,17 +181,6 @@ def _expert(p: Pipeline) -> None:
     model = p.trunk(p.source_of("expert"), trained=True)
     with p.measuring("expert", model) as at_end:
         run_expert(p.run, cfg, model, p.tokenizer, episodes, len(train), at_end)
-
-
-def _check_teacher(source: str | None, teacher: Trunk | None, policy: Trunk) -> None:
-    """A teacher and its student choose among the same tokens, and see as far."""
-    if source is None or teacher is None:
-        return
-    if teacher.config.vocab_size != policy.config.vocab_size:
-        raise ModelError(
-            f"the teacher {source} has {teacher.config.vocab_size} tokens, the policy {policy.config.vocab_size}",
-            "choose a teacher of the same vocabulary",
-        )
 
 
 STAGE_RUNNERS: dict[str, Callable[[Pipeline], None]] = {

@@ -22,17 +22,20 @@ from upslope.text.examples import Pair
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped
 from upslope.training.batches import batch_indices, micro_batches
+from upslope.training.best import Best, due
 from upslope.training.pairs import Learner, PairBatch, PairConfig, learned_tokens, pair_tokens
 from upslope.training.reference import batch_of, held_out_batch, remember
 from upslope.training.run import Run, peak_memory
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.update import Stats, StopAsked, learning_rate, make_optimizer, optimizer_step, stop_if
+from upslope.training.work import Meter, Tokens, work
 
 
 def run_pairs(
     run: Run, cfg: PairConfig, learner: Learner, tokenizer: Tokenizer, train: Sequence[Pair], valid: Sequence[Pair]
 ) -> dict[str, float]:
-    """Learn from pairs, report the accuracy on unseen ones before and after, write STAGE/model.
+    """Learn from pairs, report the accuracy on unseen ones before and after, write STAGE/model: the last model, or the
+    best by cfg.best_by.
 
     Returns the closing metrics. Raises Interrupted after saving when a stop is asked for, DataError for a pair beyond
     the model's context.
@@ -42,26 +45,32 @@ def run_pairs(
     _check_context(chain(train, held_out), learner.trunk)
     freeze_lowest(learner.trunk, cfg.freeze_layers)
     state = RunState(stage, learner.model, make_optimizer(learner.model, cfg.optim))
+    best = Best(cfg.best_by, cfg.patience)
     state.restore(run)
     try:
         remember(run, state, cfg, learner, train, held_out)
         unseen = held_out_batch(state, held_out)
-        if "before" not in state.extra:
-            state.extra["before"] = measure(run, cfg, learner, unseen)
-            run.record("eval", stage=stage, step=0, metrics=state.extra["before"])
-        for step in range(state.step, cfg.steps):
-            items = batch_indices(len(train), cfg.batch, step, run.recipe.seed, stage)
+        while True:
+            if due(state, cfg.steps, cfg.eval_every):
+                found = measure(run, cfg, learner, unseen)
+                run.record("eval", stage=stage, step=state.step, metrics=found)
+                state.extra |= {"measured": state.step, "after": found, "before": state.extra.get("before", found)}
+                if state.step or stage != "reward":  # at its start a reward model scores every text alike
+                    best.saw(run, state, state.step, found)
+            if best.over(run, state, state.step, cfg.steps):
+                break
+            items = batch_indices(len(train), cfg.batch, state.step, run.recipe.seed, stage)
             metrics = pair_step(run, state, cfg, learner, train, items)
             count_skipped(run, state, metrics, [train[i] for i in items])
             state.step += 1
             run.record("step", stage=stage, step=state.step, metrics=metrics)
             run.progress(stage, state.step, cfg.steps, "update")
             state.save_if_due(run)
-        metrics = measure(run, cfg, learner, unseen)
+        chosen = best.hand_on(run, state)
         learner.calibrate(train[: cfg.eval_pairs], cfg.optim.micro_tokens, run.should_stop)
     except StopAsked:
         state.interrupt(run)
-    run.record("eval", stage=stage, step=state.step, metrics=metrics)
+    metrics = state.extra["after"] | chosen
     record_accuracy(run, stage, state.extra["before"], metrics, len(held_out))
     learner.export(run, tokenizer)
     before = {f"{name}_before": value for name, value in state.extra["before"].items()}
@@ -73,7 +82,8 @@ def pair_step(
 ) -> dict[str, float]:
     """One optimizer step on some pairs of the training side."""
     batch = batch_of(state, cfg, learner, train, items, run.should_stop)
-    size, tokens = len(batch.pairs), int(learned_tokens(batch.pairs)[0].sum())
+    learned = learned_tokens(batch.pairs)
+    size, tokens = len(batch.pairs), int(learned[0].sum())
 
     def loss_of(part: list[int]) -> tuple[Tensor, Stats]:
         loss_B, stats, chosen_logp_B = learner.compare(batch.part(part))
@@ -93,6 +103,9 @@ def pair_step(
         clip_norm=cfg.optim.clip_norm,
         should_stop=run.should_stop,
     )
+    prompt, predicted = sum(p.prompt_length for p in batch.pairs), sum(int(n.sum()) for n in learned)
+    read = Tokens(prompt, sum(pair_tokens(p) for p in batch.pairs) - prompt, predicted)
+    metrics |= work(read, Meter.of(learner.trunk, projects=state.stage != "reward").step(read))
     return metrics if batch.z0 is None else metrics | {f"{state.stage}/z0": float(batch.z0)}
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from upslope.config import Recipe, Scratch
-from upslope.models.open import needs_source
+from upslope.models.open import needs_source, reads_only
 from upslope.sources import resolve
 from upslope.text.near import near_duplicates
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
@@ -22,10 +22,11 @@ from upslope.training.data import (
     compared_column,
     load_splits,
     make_prompts,
+    masked_examples,
     preference_pairs,
     supervised_examples,
 )
-from upslope.training.start import labelled, texts_of
+from upslope.training.start import check_writes, labelled, texts_of
 
 NEAR = 0.8  # resemblance from which two texts on two sides are told
 CHECKED = 5000  # rows of each side that are compared for it
@@ -68,17 +69,23 @@ class Preview:
 def preview(recipe: Recipe, *, examples: int = 2, rows: Any = None, plain: bool | None = None) -> None:
     """Print what becomes of a recipe's data. Raises DataError as a run would, where nothing is left."""
     book = Preview(recipe, plain=plain)
+    made = recipe.model if isinstance(recipe.model, Scratch) else None
+    source = resolve(recipe.model) if isinstance(recipe.model, str) else ""
+    encoder = made.kind == "encoder" if made else reads_only(source)
+    check_writes(recipe, encoder)
     splits = load_splits(book, recipe.data, recipe.seed, rows)
     tell_near(book, splits)
-    if isinstance(recipe.model, Scratch):
-        tokenizer = train_tokenizer(texts_of(splits["train"], recipe.data), recipe.model.vocab)
-        tokenizer.for_sources = recipe.model.kind == "encdec"
+    if made:
+        tokenizer = train_tokenizer(texts_of(splits["train"], recipe.data), made.vocab, mask=encoder)
+        tokenizer.for_sources = made.kind in ("encdec", "encoder")
     else:
-        source = resolve(recipe.model)
         tokenizer = Tokenizer.load(source, for_sources=needs_source(source))
     tokenizer = labelled(book, tokenizer, splits, recipe.data)
     for stage in recipe.stages:
-        show_stage(book, stage, splits, tokenizer, examples)
+        if stage == "pretrain" and encoder:
+            show_masked(book, splits, tokenizer, examples)
+        else:
+            show_stage(book, stage, splits, tokenizer, examples)
 
 
 def tell_near(book: Preview, splits: Splits) -> None:
@@ -100,6 +107,13 @@ def tell_near(book: Preview, splits: Splits) -> None:
         )
         book.say(f"    {name}: {' '.join(texts[n].split())[:200]}", "dim")
         book.say(f"    train: {' '.join(train[j].split())[:200]}", "dim")
+
+
+def show_masked(book: Preview, splits: Splits, tokenizer: Tokenizer, count: int) -> None:
+    """The first texts that an encoder is pretrained on, whose tokens are masked anew at every step."""
+    for text in masked_examples(book, "pretrain", splits["train"], tokenizer, "train")[:count]:
+        book.say(f"  pretrain, row {text.row}, {len(text.ids)} tokens, of which some are masked at each step:")
+        book.tokens(tokenizer.source_pieces(text.ids), [False] * len(text.ids))
 
 
 def show_stage(book: Preview, stage: str, splits: Splits, tokenizer: Tokenizer, count: int) -> None:

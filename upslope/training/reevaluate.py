@@ -9,6 +9,7 @@ from pathlib import Path
 from upslope.config import load_recipe
 from upslope.errors import RunError
 from upslope.observe.report import write_report
+from upslope.observe.runs import read_json
 from upslope.training.closing import evaluate_run
 from upslope.training.parts import Given, Pipeline
 from upslope.training.run import Run
@@ -24,11 +25,10 @@ def reevaluate(
     """
     if not any((folder / stage / "done.json").is_file() for stage in ("rl", "eval")):
         raise RunError(f"{folder} has no finished rl stage", "name the folder of a finished run")
-    raw = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    if prompts is not None:
-        raw["eval"]["prompts"] = prompts
-    raw["eval"]["judges"] = [*raw["eval"]["judges"], *judges]
-    recipe = load_recipe(raw)
+    table = read_json(folder / "recipe.json")
+    asked = [*load_recipe(table).eval.judges, *judges]
+    overrides = [f"eval.judges={json.dumps(asked)}"] + ([f"eval.prompts={prompts}"] if prompts is not None else [])
+    recipe = load_recipe(table, overrides)
     number = 1 + sum(1 for _ in (folder / "evaluations").glob("*"))
     run = Run(recipe, folder / "evaluations" / str(number), plain=plain)
     try:

@@ -18,6 +18,7 @@ from upslope.models.heads import ActorCritic
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.alarms import count_skipped, watch
+from upslope.training.best import Best
 from upslope.training.collect import collect
 from upslope.training.controllers import Controllers
 from upslope.training.episode import Episode
@@ -27,10 +28,11 @@ from upslope.training.objective import Prices, critic_step, drift, minibatch_ste
 from upslope.training.pending import batch_from_tensors, batch_to_tensors
 from upslope.training.rollout import Batch, Frozen, policy_metrics, prepare, reference_metrics, rollout_metrics
 from upslope.training.run import Run, peak_memory
-from upslope.training.scoring import Scorer
+from upslope.training.scoring import LearnedSource, Scorer
 from upslope.training.state import RunState, freeze_lowest
 from upslope.training.trust_region import trust_region_update
 from upslope.training.update import StopAsked, learning_rate, make_optimizer
+from upslope.training.work import rollout_work
 
 
 @dataclass
@@ -51,16 +53,17 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
     freeze_lowest(model.policy, rl.freeze_layers)
     trained = model if rl.update == "gradient" else model.critic_parameters()
     state = RunState("rl", model, make_optimizer(trained, rl.optim), companion=actors.frozen.mask)
-    controllers = Controllers(rl)
+    controllers, best = Controllers(rl), Best(rl.best_by, rl.patience)
     if state.restore(run):
         controllers.restore(state.extra["controllers"])
     state.extra["controllers"] = controllers.state()
     try:
         while True:
-            watch_task(
-                run, actors.watched, state, rl.steps, partial(load_engine, rl, actors, state.rollout), actors.scorer
-            )
-            if state.rollout >= rl.steps:
+            load = partial(load_engine, rl, actors, state.rollout)
+            found = watch_task(run, actors.watched, state, rl.steps, load, actors.scorer)
+            if found:
+                best.saw(run, state, state.rollout, found)
+            if best.over(run, state, state.rollout, rl.steps):
                 break
             episodes, batch, metrics = next_rollout(run, rl, actors, prompts, state, controllers)
             metrics |= improve(run, rl, actors, state, controllers, batch)
@@ -70,8 +73,9 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
             state.save_if_due(run)
     except (StopAsked, Interrupted):
         state.interrupt(run)
+    chosen = best.hand_on(run, state)
     export_policy(run, "rl", model, actors.tokenizer)
-    return state.finish(run, peak_memory())
+    return state.finish(run, chosen | peak_memory())
 
 
 def next_rollout(
@@ -224,6 +228,7 @@ def finish_rollout(
     state.pending = None
     state.extra.pop("pending", None)
     state.rollout += 1
+    metrics |= cost(rl, actors, episodes, batch, metrics["optim/updates"])
     metrics |= peak_memory()
     seconds = metrics["time/rollout_s"] + metrics["time/prepare_s"] + metrics["time/update_s"]
     metrics["time/step_s"] = seconds
@@ -231,6 +236,23 @@ def finish_rollout(
     watch(run, rl, state, metrics)
     if batch.episodes and ((state.rollout - 1) % run.recipe.eval.samples_every == 0 or state.rollout == rl.steps):
         run.record("samples", stage="rl", step=state.rollout, samples=sample_records(batch, actors.tokenizer))
+
+
+def cost(rl: RL, actors: Actors, episodes: Sequence[Episode], batch: Batch, updates: float) -> dict[str, float]:
+    """Tokens and operations of a rollout and its updates; nothing for a trust region, which searches for its step."""
+    if rl.update == "trust_region":
+        return {}
+    judges = [source.model.trunk for source in actors.scorer.sources if isinstance(source, LearnedSource)]
+    scored = not actors.frozen.scored_once(rl)
+    return rollout_work(
+        actors.model,
+        episodes,
+        batch.episodes,
+        passes=updates / rl.minibatches,
+        scored=scored,
+        reference=actors.frozen.reference,
+        judges=judges,
+    )
 
 
 def sample_records(batch: Batch, tokenizer: Tokenizer, count: int = 4) -> list[dict[str, Any]]:

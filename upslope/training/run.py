@@ -8,6 +8,7 @@ OUT/expert/samples.jsonl what the stage expert sampled and which of it was kept
 OUT/STAGE/checkpoints/   while a stage runs
 OUT/STAGE/model/         when it is done: Hugging Face layout
 OUT/STAGE/done.json      its closing metrics, and how long the logs were
+OUT/eval/answers.jsonl   the closing evaluation prompt by prompt: every contender's completion and scores
 OUT/tensorboard/, OUT/report.html
 """
 
@@ -29,11 +30,12 @@ from typing import Any
 import torch
 
 from upslope.checkpoint import RunLock, atomic_write_text, load_checkpoint
-from upslope.config import Recipe
+from upslope.config import CLOSING, Recipe, may_change
 from upslope.errors import RunError
 from upslope.kernels import cpu
 from upslope.kernels.allocator import keep_freed_memory
 from upslope.observe.events import EventLog, finite, read_events
+from upslope.observe.runs import read_json
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
 from upslope.version import VERSION
@@ -48,6 +50,7 @@ class Run:
         self.recipe = recipe
         self.folder = folder
         self.stop_requested = False
+        self.changed: list[str] = []  # of the recipe, since the run was begun
         self.at_stake = False  # whether a stage holds what is not on the disk: a stop must then wait for a safe point
         _make_folder(folder)
         self.lock = RunLock(folder)
@@ -76,6 +79,8 @@ class Run:
         self._stage_start: tuple[str, float, float] | None = None
         if not kept:
             self.record("run", recipe=self.recipe.model_dump(mode="json"), versions=versions(), machine=self.facts)
+        elif self.changed:
+            self.account(f"the recipe has changed: {'; '.join(self.changed)}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,11 +97,12 @@ class Run:
     def done(self, stage: str) -> dict[str, Any] | None:
         """The closing record of a finished stage, or None."""
         path = self.stage_folder(stage) / "done.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
-    def mark_done(self, stage: str, metrics: Mapping[str, Any]) -> None:
+    def mark_done(self, stage: str, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Write a stage's closing record: its metrics, and what else is known of them."""
         bad: list[str] = []
-        record = {"metrics": finite(dict(metrics), "metrics", bad), "logs": self.log_sizes()}
+        record = {"metrics": finite(dict(metrics), "metrics", bad), **finite(more, "", bad), "logs": self.log_sizes()}
         record |= {"nonfinite": bad} if bad else {}
         atomic_write_text(self.stage_folder(stage) / "done.json", json.dumps(record, indent=1))
 
@@ -180,19 +186,25 @@ class Run:
                 raise RunError(f"{self.folder} holds a run without a recipe.json", "choose another folder with -o")
             atomic_write_text(path, json.dumps(new, indent=1))
             return
-        old = json.loads(path.read_text())
-        changed = _differences(old, new)
-        changed = [c for c in changed if not c.startswith(("checkpoint_minutes:", "limits."))]
-        if changed and not self._has_progress():  # a first try that came to nothing holds nothing to keep
+        changed = _differences(_with_newer_keys(read_json(path)), new)
+        closed = bool(self.done("eval"))
+        refused = [key for key in changed if not may_change(key, closed=closed)]
+        if refused and not self._has_progress():  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "start", ignore_errors=True)
-            atomic_write_text(path, json.dumps(new, indent=1))
-        elif changed:
-            more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
+        elif refused:
+            more = f" and {len(refused) - 2} more" if len(refused) > 2 else ""
+            again = all(key in CLOSING for key in refused)
             raise RunError(
-                f"{self.folder} holds a run of another recipe: {'; '.join(changed[:2])}{more}",
-                "choose another folder with -o, or remove that one",
+                f"{self.folder} holds a run of another recipe: {'; '.join(changed[k] for k in refused[:2])}{more}",
+                "upslope eval makes the table of a finished run again"
+                if again
+                else "choose another folder with -o, or remove that one",
             )
+        elif changed:
+            self.changed = [text for key, text in changed.items() if key in CLOSING]
+        if changed:
+            atomic_write_text(path, json.dumps(new, indent=1))
 
     def _has_progress(self) -> bool:
         patterns = ("*/done.json", "*/checkpoints/*", "*/samples.jsonl")
@@ -224,8 +236,9 @@ class Run:
         Only whether the kernels could be compiled is asked anew: without them it goes on, equal but for rounding.
         """
         path = self.folder / "machine.json"
+        facts: dict[str, Any]
         if path.is_file():
-            facts: dict[str, Any] = json.loads(path.read_text())
+            facts = read_json(path)
             if facts["device"] == "cuda" and not torch.cuda.is_available():
                 raise RunError(
                     "this run began on a GPU and there is none here", "resume it there, or start anew with -o"
@@ -294,8 +307,19 @@ def _make_folder(folder: Path) -> None:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}", "choose another with -o") from None
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def _with_newer_keys(table: Any) -> Any:
+    """A recipe that an older version wrote, with the defaults of the keys that it did not know."""
+    try:
+        return Recipe.model_validate(table).model_dump(mode="json")
+    except ValueError:
+        return table
+
+
+def _differences(old: Any, new: Any, where: str = "") -> dict[str, str]:
+    """Key -> what it is in two recipes, of the keys that differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    return [] if old == new else [f"{where}: {old!r} there, {new!r} here"]
+        found: dict[str, str] = {}
+        for key in [*old, *(k for k in new if k not in old)]:
+            found |= _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return found
+    return {} if old == new else {where: f"{where}: {old!r} there, {new!r} here"}

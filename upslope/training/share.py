@@ -49,7 +49,8 @@ def begin_from(others: Sequence[Path], folder: Path, table: Mapping[str, Any]) -
 def common_stages(other: Path, table: Mapping[str, Any]) -> list[str]:
     """The first stages of a recipe, the last one left out, that another folder has finished with the same settings."""
     old = read_json(other / "recipe.json")
-    rest = [key for key in {**old, **table} if key not in (*STAGES, *NO_MATTER)]
+    chooses = (table.get("rl") or {}).get("best_by")  # by what [eval] says is measured on the way
+    rest = [key for key in {**old, **table} if key not in (*STAGES, *NO_MATTER) or (key == "eval" and chooses)]
     if any(old.get(key) != table.get(key) for key in rest):
         return []
     found: list[str] = []

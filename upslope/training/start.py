@@ -15,9 +15,12 @@ from typing import Any
 from datasets import Dataset
 
 from upslope.config import Data, Recipe, Scratch
-from upslope.models.open import needs_source, new_model
+from upslope.errors import ModelError
+from upslope.models.open import needs_source, new_model, reads_only
 from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer, labels_of
+from upslope.text.passages import PassageTokenizer, most_passages
+from upslope.text.prepare import is_chat
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training.data import Book, Splits, load_splits
 from upslope.training.export import write_model, writing
@@ -31,9 +34,11 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
     """
     if isinstance(recipe.model, str):
         source = resolve(recipe.model)
+        check_writes(recipe, reads_only(source))
         tokenizer = Tokenizer.load(source, for_sources=needs_source(source))  # a wrong name is told first
         splits = load_splits(run, recipe.data, recipe.seed, rows)
         return recipe.model, labelled(run, tokenizer, splits, recipe.data), splits
+    check_writes(recipe, recipe.model.kind == "encoder")
     splits = load_splits(run, recipe.data, recipe.seed, rows)
     folder = models / "start" / "model"
     if not folder.is_dir():
@@ -43,8 +48,26 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
     return str(folder), labelled(run, tokenizer, splits, recipe.data), splits
 
 
+def check_writes(recipe: Recipe, encoder: bool) -> None:
+    """An encoder chooses labels and writes no text; another model does not choose. Raises ModelError."""
+    asked = [stage for stage in recipe.stages if stage in ("sft", "preference", "rl", "expert")]
+    key = "data.classes" if recipe.data.classes else "data.passages" if recipe.data.passages else None
+    if encoder and asked and key is None:
+        raise ModelError(
+            f"the model is an encoder, which writes no text, and [{asked[0]}] asks it to",
+            "set data.classes to a column of labels or data.passages to one of lists, or choose a model that writes",
+        )
+    if key and not encoder:
+        raise ModelError(f"{key} is set, and the model is no encoder", "remove it, or choose an encoder")
+
+
 def labelled(run: Book, tokenizer: Tokenizer, splits: Splits, data: Data) -> Tokenizer:
-    """The tokenizer, which writes labels where the data has classes: those of the training side, and no other."""
+    """The tokenizer, which writes labels where the data has classes (those of the training side, and no other), or the
+    numbers of passages."""
+    if data.passages:
+        most = most_passages(splits, data.passages)
+        run.account(f"passages: {most} at the most")
+        return PassageTokenizer(tokenizer, most)
     if not data.classes:
         return tokenizer
     labels = labels_of(splits, data.classes)
@@ -64,5 +87,6 @@ def texts_of(rows: Dataset, data: Data) -> Iterator[str]:
     columns = [data.text, data.prompt, data.completion, data.chosen, data.rejected]
     for row in rows:
         yield from (row[c] for c in columns if c and isinstance(row[c], str))
-        turns = row[data.messages] if data.messages else None
-        yield from (turn["content"] for turn in turns or [] if isinstance(turn.get("content"), str))
+        yield from (p for p in (row[data.passages] if data.passages else None) or [] if isinstance(p, str))
+        if data.messages and is_chat(row[data.messages]):
+            yield from (turn["content"] for turn in row[data.messages])

@@ -58,11 +58,12 @@ class RunState:
             "step": self.step,
             "rollout": self.rollout,
             "extra": self.extra,
+            "best": (self.extra.get("best") or {}).get("step"),
             "seconds": self.elapsed(),
             "logs": run.log_sizes(),
         }
         start = time.monotonic()
-        path = save_checkpoint(_folder(run, self.stage), self.step, tensors=tensors, state=state, keep=2)
+        path = save_checkpoint(self.checkpoints(run), self.step, tensors=tensors, state=state, keep=2)
         self.saved_at = time.monotonic()
         size = sum(file.stat().st_size for file in path.iterdir())
         run.record("checkpoint", stage=self.stage, step=self.step, seconds=self.saved_at - start, bytes=size)
@@ -74,13 +75,13 @@ class RunState:
 
     def restore(self, run: Run) -> bool:
         """Take up the newest good checkpoint of this stage, if there is one."""
-        checkpoint: Checkpoint | None = load_checkpoint(_folder(run, self.stage))
+        checkpoint: Checkpoint | None = load_checkpoint(self.checkpoints(run))
         if checkpoint is None:
             run.at_stake = True
             return False
         for skipped in checkpoint.skipped:
             run.terminal.note(f"damaged checkpoint left aside: {skipped}")
-        self.model.load_state_dict(checkpoint.tensors("model"))
+        self.take_model(checkpoint)
         restore_optimizer(self.model, self.optimizer, checkpoint.tensors("optimizer"))
         if self.companion is not None:
             self.companion.load_state_dict(checkpoint.tensors("companion"))
@@ -91,6 +92,13 @@ class RunState:
         run.at_stake = True
         run.terminal.note(f"{self.stage}: carries on after optimizer step {self.step}")
         return True
+
+    def take_model(self, checkpoint: Checkpoint) -> None:
+        """The weights of a checkpoint, and nothing else of it."""
+        self.model.load_state_dict(checkpoint.tensors("model"))
+
+    def checkpoints(self, run: Run) -> Path:
+        return run.stage_folder(self.stage) / "checkpoints"
 
     def interrupt(self, run: Run) -> NoReturn:
         """Save and raise Interrupted."""
@@ -105,12 +113,8 @@ class RunState:
         run.record("stage", stage=self.stage, status="end", seconds=self.elapsed(), metrics=metrics)
         run.mark_done(self.stage, metrics)
         run.at_stake = False
-        shutil.rmtree(_folder(run, self.stage), ignore_errors=True)
+        shutil.rmtree(self.checkpoints(run), ignore_errors=True)
         return metrics
-
-
-def _folder(run: Run, stage: str) -> Path:
-    return run.stage_folder(stage) / "checkpoints"
 
 
 def freeze_lowest(model: Trunk, layers: int) -> None:

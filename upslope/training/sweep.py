@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from upslope.config import describe
+from upslope.config import describe, may_change
 from upslope.errors import Interrupted, RecipeError, RunError
 from upslope.observe.compare import compare, show
 from upslope.observe.runs import flat, objective, read_json, read_run, steps_of
@@ -129,7 +129,8 @@ def finished(folder: Path, table: Mapping[str, Any]) -> bool:
     if not (folder / "recipe.json").is_file() or not any(folder.glob("*/done.json")):
         return False
     old, new = flat(read_json(folder / "recipe.json")), flat(table)
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "checkpoint_minutes"]
+    closed = (folder / "eval" / "done.json").is_file()
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and not may_change(k, closed=closed)]
     if changed:
         key = changed[0]
         raise RunError(

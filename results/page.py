@@ -73,16 +73,19 @@ def outcome_table(rows: Sequence[Outcome], language: str) -> str:
 
 
 def remarks(rows: Sequence[Outcome], notes: Notes, language: str) -> list[str]:
-    """What the notes say of each row, and of each that did not get better at least that nobody has said why."""
+    """The notes on each row, that one is missing where RL did not get better, and the alarms of its runs."""
     parts = []
     for o in rows:
-        keys = [key for key in (f"{o.group.name}-{o.arm.name}", o.group.name) if key in notes]
-        head = f"**{o.group.title[language]}, {o.arm.name}**"
-        if keys and keys[0] != o.group.name:
-            parts.append(f"{head}: {notes[keys[0]][language].strip()}")
-        elif o.verdict != "better":
-            said = notes[keys[0]][language].strip() if keys else WORDS["unexplained"][language]
-            parts.append(f"{head}: {said}")
+        head = f"**{_named(o, language)}**"
+        said = next(
+            (notes[key][language].strip() for key in (f"{o.group.name}-{o.arm.name}", o.group.name) if key in notes), ""
+        )
+        if not said and o.verdict != "better":
+            said = WORDS["unexplained"][language]
+        alarms = [(record["seed"], message) for record in o.records for message in record["alarms"]]
+        told = [WORDS["alarm"][language].format(seed=seed, message=_escaped(message)) for seed, message in alarms]
+        if said or told:
+            parts.append(f"{head}: {' '.join([said, *told]).strip()}")
     return parts
 
 
@@ -151,8 +154,7 @@ def samples(rows: Sequence[Outcome], language: str) -> list[str]:
     for name in dict.fromkeys(o.group.name for o in rows):
         o = next(o for o in rows if o.group.name == name)
         lines = [[_escaped(s[key]) for key in ("prompt", "before", "after")] for s in o.records[0]["shown"]]
-        head = f"**{o.group.title[language]}, {o.group.model[language]}, {o.arm.name}**"
-        parts += [head, table(WORDS["sample columns"][language], lines)]
+        parts += [f"**{_named(o, language)}**", table(WORDS["sample columns"][language], lines)]
     return parts
 
 

@@ -25,6 +25,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "en": "RL did not beat its start beyond the interval, and nobody has written down why yet.",
         "zh": "RL 没有超出区间地胜过起点，原因还没有人写下来。",
     },
+    "alarm": {"en": "Alarm of seed {seed}: {message}.", "zh": "种子 {seed} 的警报：{message}。"},
     "costs": {"en": "What it took", "zh": "花费"},
     "cost columns": {
         "en": [

@@ -13,7 +13,7 @@ import torch
 
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
-from upslope.errors import ModelError, RecipeError
+from upslope.errors import DataError, ModelError, RecipeError
 from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.open import load_model, make_runner, save_model
 from upslope.models.trunk import Trunk
@@ -21,6 +21,7 @@ from upslope.observe.compare import as_json
 from upslope.observe.compare import compare as compare_folders
 from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer
+from upslope.text.passages import PassageTokenizer
 from upslope.text.tokenizer import Tokenizer
 from upslope.training.axes import axis_of
 from upslope.training.parts import Given
@@ -116,10 +117,27 @@ class LoadedModel:
 
         Temperature 0 is greedy.
         """
+        if isinstance(self.tokenizer, PassageTokenizer):
+            raise ModelError(f"{self.source} chooses among passages and writes no text", "use choose(text, passages)")
         max_tokens = 1 if self.tokenizer.labels else max_tokens
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop))
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         return [self.tokenizer.decode(c.ids) for c in self.complete(ids, sampling, samples=samples, seed=seed)]
+
+    def choose(self, text: str, passages: Sequence[str]) -> int:
+        """The number of the passage that goes with a text the likeliest, from 0, by a model that chooses passages.
+
+        Raises ModelError for another model, DataError for passages that cannot be.
+        """
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, PassageTokenizer):
+            raise ModelError(f"{self.source} does not choose among passages", "use generate, or train data.passages")
+        ids, reason = tokenizer.joined(text, list(passages))
+        most = len(tokenizer.labels)
+        if reason or len(passages) > most:
+            raise DataError(f"nothing to choose: {reason or f'{len(passages)} passages'}", f"give 2 to {most} texts")
+        (found,) = self.complete([ids], Sampling(max_tokens=1, temperature=0.0), samples=1, seed=0)
+        return int(tokenizer.decode(found.ids))
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int = 256, temperature: float = 0.7, seed: int = 0
@@ -162,7 +180,9 @@ def load(source: str | Path, *, dtype: str = "auto", slots: int = 64) -> LoadedM
     model = load_model(resolve(path), dtype=chosen).requires_grad_(False)
     tokenizer = Tokenizer.load(resolve(path), for_sources=model.needs_source)
     if model.labels:
-        tokenizer = LabelTokenizer(tokenizer, model.labels)
+        most = len(model.labels)
+        chosen_from = PassageTokenizer(tokenizer, most) if model.separator is not None else None
+        tokenizer = chosen_from or LabelTokenizer(tokenizer, model.labels)
     if model.remark:
         warnings.warn(f"{source}: {model.remark}", stacklevel=2)
     model.compute_dtype = chosen

@@ -4,14 +4,16 @@
 
 A trial strikes one to three starts of a run, each at a random event of a random phase by a random kind of fault, or by
 a SIGKILL after a random time, then lets it end in peace and compares it with an unbroken one. Every strike that took
-place is counted; one that came too late, after the end of its start, is not. The variants are those of variants.py in
-turn, all of them unless some are named: their figures have a section of their own.
+place is counted; one that came too late, after the end of its start, is not. The variants and pairs are
+those of variants.py in turn, all of them unless some are named: their figures have a section of their own. Ctrl-C ends
+the campaign before its time, with the table of what has been tried.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from tests.faults.harness import Harness, Strike
 from tests.faults.inject import KINDS, PHASES
 from tests.faults.machine import replace_section, where_and_when
 from tests.faults.tiny import tiny_files
-from tests.faults.variants import VARIANTS
+from tests.faults.variants import PAIRS, VARIANTS
 
 ANY_TIME = "any time"
 
@@ -54,11 +56,14 @@ def campaign(
     with Harness(work / "runs", model, rows) as harness:
         for number in range(trials):
             variant = variants[number % len(variants)]
-            by_variant[variant] += 1
-            _, counts, seconds = harness.reference(variant)
             folder = harness.work / f"run-{number}"
-            strikes = [draw(random_, counts, seconds, 1.0 / (n + 1)) for n in range(random_.randint(1, 3))]
-            wrong = harness.trial(variant, folder, strikes, minutes=random_.choice((0.0, 0.0, 60.0)))
+            try:
+                _, counts, seconds = harness.reference(variant)
+                strikes = [draw(random_, counts, seconds, 1.0 / (n + 1)) for n in range(random_.randint(1, 3))]
+                wrong = harness.trial(variant, folder, strikes, minutes=random_.choice((0.0, 0.0, 60.0)))
+            except KeyboardInterrupt:
+                break
+            by_variant[variant] += 1
             for strike, ended in harness.last_starts:
                 took_place = ended.fired or (strike.kill_after is not None and ended.code == -9)
                 if took_place:
@@ -91,21 +96,24 @@ def main() -> None:
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     named = sys.argv[3:]
     for name in named:
-        if name not in VARIANTS:
-            sys.exit(f"no variant {name!r}: there are {', '.join(VARIANTS)}")
+        if name not in (*VARIANTS, *PAIRS):
+            sys.exit(f"no variant {name!r}: there are {', '.join((*VARIANTS, *PAIRS))}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to Ctrl-C
     began, measured = time.monotonic(), where_and_when()
     fast = Path("/dev/shm")  # a process that is killed loses nothing of what it wrote, wherever that is
     work = Path(tempfile.mkdtemp(prefix="upslope-faults-", dir=fast if fast.is_dir() else None))
     try:
-        struck, failed, by_variant, slowest = campaign(work, trials, seed, named or VARIANTS)
+        struck, failed, by_variant, slowest = campaign(work, trials, seed, named or (*VARIANTS, *PAIRS))
     finally:
         shutil.rmtree(work)
     minutes = (time.monotonic() - began) / 60
-    variants = ", ".join(f"{name} {count}" for name, count in by_variant.items())
-    command = f"python -m tests.faults.campaign {trials} {seed} {' '.join(named)}" if named else "make faults"
+    tried, whole = sum(by_variant.values()), [name for name in by_variant if name in VARIANTS]
+    command = f"python -m tests.faults.campaign {trials} {seed} {' '.join(named)}" if sys.argv[1:] else "make faults"
+    early = "" if tried == trials else f" of {trials}, ended by hand"
     text = [
-        f"`{command}` ({trials} trials, seed {seed}; {measured}; {minutes:.0f} min): runs of {variants}, "
-        f"struck {sum(struck.values())} times in all, one to three times each.",
+        f"`{command.strip()}` ({tried} trials{early}, seed {seed}; {measured}; {minutes:.0f} min): "
+        f"{len(whole)} variants ({', '.join(whole)}) and {len(by_variant) - len(whole)} pairs of an algorithm and a "
+        f"model kind in turn, struck {sum(struck.values())} times in all, one to three times each.",
         f"Trials that ended otherwise than an unbroken run, in a traceback, or later than allowed: **{len(failed)}**.",
         f"Slowest end after SIGTERM or SIGINT: {slowest:.2f} s.",
         "",

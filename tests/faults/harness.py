@@ -64,14 +64,21 @@ class Harness:
             (self.work / f"{name}.toml").write_text(to_toml(recipe_of(name, self.model, self.work)))
         command = [sys.executable, "-m", "tests.faults.child", str(self.model)]
         pipe = subprocess.PIPE
-        self.server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe)
+        self.server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            text=True,
+            stdin=pipe,
+            stdout=pipe,
+            start_new_session=True,  # a Ctrl-C is not for it
+        )
         assert self.server.stdout and self.server.stdout.readline() == "ready\n"
         return self
 
     def __exit__(self, *details: Any) -> None:
         assert self.server.stdin and self.server.stdout
         self.server.stdin.close()
-        self.server.wait(timeout=30)
+        self.server.wait(timeout=200)
         self.server.stdout.close()
 
     def start(self, variant: str, folder: Path, strike: Strike | None = None, minutes: float = 0.0) -> Ended:

@@ -237,6 +237,7 @@ def test_an_interval_over_seeds_by_hand():
 def outcome_of(metric, change, size="full"):
     job = Job("g", "a", 1, "sentiment-ppo", ())
     record = {
+        "seed": 1,
         "digest": job.digest(),
         "size": size,
         "table": {metric: {"before": [1, 1, 1], "after": [1, 1, 1], "change": change}},
@@ -252,6 +253,20 @@ def test_better_is_what_lies_beyond_its_interval_in_the_direction_that_is_a_gain
     assert outcome_of("task: accuracy", [0.1, -0.01, 0.2]).verdict == "even"
     assert outcome_of("task: accuracy", [-0.1, -0.2, -0.01]).verdict == "worse"
     assert outcome_of("task: ter", [-0.1, -0.2, -0.01]).verdict == "better"
+
+
+def test_a_row_that_did_not_get_better_is_explained_or_said_to_be_unexplained():
+    even, better = (outcome_of("task: accuracy", [0.1, low, 0.2]) for low in (-0.01, 0.01))
+    for o in (even, better):
+        o.records[0]["alarms"] = []
+    unexplained = page.WORDS["unexplained"]["en"]
+    assert page.remarks([even], {}, "en") == [f"**g, a**: {unexplained}"]
+    assert page.remarks([better], {}, "en") == []
+    notes = {"g": {"en": "because", "zh": "因为"}, "g-a": {"en": "of a", "zh": "a 的"}}
+    assert page.remarks([even], notes, "zh") == ["**g, a**: a 的"]
+    assert page.remarks([even, better], {"g": notes["g"]}, "en") == ["**g, a**: because"] * 2
+    better.records[0]["alarms"] = ["it | fell"]
+    assert page.remarks([better], {}, "en") == ["**g, a**: Alarm of seed 1: it &#124; fell."]
 
 
 def test_smoke_runs_measure_nothing():

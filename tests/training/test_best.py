@@ -156,7 +156,8 @@ def test_a_best_model_that_is_damaged_is_an_alarm_and_the_last_is_handed_on(sft,
     def damaging(run, state, cfg, batch):
         if state.step == 4:
             path = state.checkpoints(run) / "step-00000001" / "model.safetensors"
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         return inner(run, state, cfg, batch)
 
     monkeypatch.setattr(supervised, "supervised_step", damaging)

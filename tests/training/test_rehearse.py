@@ -7,10 +7,11 @@ import pytest
 import upslope
 from tests.conftest import make_rows
 from upslope.config import Scratch
-from upslope.errors import DataError, ModelError, RecipeError, RewardError, RunError
+from upslope.errors import DataError, Interrupted, ModelError, RecipeError, RewardError, RunError
 from upslope.models.open import new_model, save_model
 from upslope.observe.events import read_events
 from upslope.training import supervised
+from upslope.training.run import Run
 
 JUDGES = """
 def raises(prompts, completions, rows):
@@ -187,3 +188,11 @@ def test_the_reward_model_may_be_a_metric_and_a_judge_that_the_rehearsal_waits_f
     folder = upslope.train({k: v for k, v in recipe.items() if v}, rows=rows, out=tmp_path / "run", plain=True)
     table = next(e for e in read_events(folder / "events.jsonl") if e["kind"] == "table" and e["stage"] == "eval")
     assert {"task: learned", "judge: learned"} <= {row[0] for row in table["rows"]}
+
+
+def test_a_stop_in_the_rehearsal_leaves_nothing_begun(short_recipe, rows, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the same command carries on"):
+        patch.setattr(Run, "should_stop", lambda self: True)
+        upslope.train(short_recipe, rows=rows, out=tmp_path / "run", plain=True)
+    assert not trained(tmp_path / "run") and not list((tmp_path / "run").glob("*/checkpoints"))
+    assert set(trained(upslope.train(short_recipe, rows=rows, out=tmp_path / "run", plain=True))) == {"sft", "rl"}

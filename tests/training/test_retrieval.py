@@ -133,6 +133,21 @@ def test_passages_are_learned_and_ranked_on_unseen_rows(finished):
         assert len(episode["actions"]) == 1 and episode["completion"] in "0123" and episode["finish"] == "eos"
 
 
+def test_a_trained_model_chooses_and_says_what_it_cannot(finished, tmp_path):
+    model = upslope.load(finished, dtype="fp32")
+    asked = {"cat": "sun", "fish": "dog"}
+    assert [model.choose(f"the {a} 7", [f"about a {b}", f"about a {a}"]) for a, b in asked.items()] == [1, 1]
+    with pytest.raises(ModelError, match=r"chooses among passages and writes no text; use choose"):
+        model.generate(["the cat"])
+    for passages, message in (
+        (["one"], "nothing to choose: with fewer than two passages; give 2 to 4 texts"),
+        (["a", " "], "nothing to choose: with an empty passage"),
+        (["a"] * 5, "nothing to choose: 5 passages; give 2 to 4 texts"),
+    ):
+        with pytest.raises(DataError, match=message):
+            model.choose("the cat", passages)
+
+
 def test_a_reward_alone_teaches_passages(tmp_path):
     rl = {"reward": "accuracy", "algorithm": "rloo", "steps": 30, "prompts": 16, "samples": 4, "max_tokens": 1, "kl": 0}
     run = train(tmp_path / "run", sft=None, rl=rl)

@@ -115,6 +115,10 @@ class Encoder(Trunk):
         return self.config.labels
 
     @property
+    def separator(self) -> int | None:
+        return self.config.separator
+
+    @property
     def output_weight(self) -> Tensor:
         """weight_LD of the labels, their bias the last column; of passages see passages.py. Raises ModelError where
         there are none."""

@@ -67,6 +67,11 @@ class Trunk(nn.Module):
         """The names of what a classifier chooses from; none for a model that writes."""
         return ()
 
+    @property
+    def separator(self) -> int | None:
+        """The token that ends each passage of a source, for a classifier that chooses among these."""
+        return None
+
     def take_labels(self, labels: tuple[str, ...], separator: int | None = None) -> None:
         """Choose among these from now on; separator: the token that ends each passage of a source, where the labels are
         the numbers of its passages. Raises ModelError for a model that writes."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset
@@ -179,8 +179,8 @@ def _named(p: Pipeline) -> Iterator[tuple[str, str, str]]:
             yield where, name, stage
 
 
-def _try_source(where: str, source: Source, episodes: Sequence[Episode], rows: Sequence[dict]) -> None:  # type: ignore[type-arg]
-    """Score the episodes, of each row one and then of each another. Raises RewardError where a function scores none."""
+def _try_source(where: str, source: Source, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> None:
+    """Score the episodes, one of each row and then another of each. Raises RewardError where a function scores none."""
     output = source(episodes, [rows[n % len(rows)] for n in range(len(episodes))])
     failed = ~np.isfinite(output.score_B)
     if isinstance(source, FunctionSource) and failed.all():

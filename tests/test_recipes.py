@@ -26,7 +26,12 @@ ROWS = {
     "sentiment-ppo": SNIPPETS,
     "lstm-ppo": SNIPPETS,
     "spelling-correction": [
-        {"wrong": f"the {w}{w[-1]} number {n} is here", "right": f"the {w} number {n} is here", "word": f"{w}{n}"}
+        {
+            "wrong": f"the {w}{w[-1]} number {n} is here",
+            "right": f"the {w} number {n} is here",
+            "word": f"{w}{n}",
+            "family": w + str(n),
+        }
         for n in range(12)
         for w in WORDS
     ],
@@ -78,6 +83,8 @@ ROWS = {
     ],
     "fluency": SNIPPETS,
 }
+for name in ("spelling-correction", "spelling-encdec", "word-qa"):  # the stem of the word that is asked for
+    ROWS[name] = [{**row, "family": row["word"]} for row in ROWS[name]]
 SMOKE = (
     "dtype=fp32",
     "data.near=none",

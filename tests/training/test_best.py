@@ -216,7 +216,7 @@ def test_how_often_rl_is_measured_stays_where_that_chooses_its_best(recipe, rows
 
 def test_a_sweep_shares_no_stage_that_was_chosen_by_other_measurements(recipe, tmp_path):
     recipe["rl"] |= {"best_by": "task/reward"}
-    recipe["expert"] = {"reward": "vader", "steps": 1}
+    recipe["expert"] = {"reward": "vader", "steps": 1, "max_tokens": 8}
     table = load_recipe(recipe).model_dump(mode="json")
     (tmp_path / "recipe.json").write_text(json.dumps(table))
     for stage in ("sft", "reward", "rl"):

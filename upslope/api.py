@@ -165,7 +165,10 @@ class LoadedModel:
     def export(self, folder: str | Path) -> Path:
         """Write Hugging Face layout: weights, configuration, tokenizer."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the folder {path}: {error.strerror}", "choose another") from None
         save_model(self.model, path)
         self.tokenizer.save(path)
         return path

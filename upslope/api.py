@@ -13,7 +13,7 @@ import torch
 
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
-from upslope.errors import ModelError, RecipeError, RunError
+from upslope.errors import DataError, ModelError, RecipeError, RunError
 from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.open import load_model, make_runner, save_model
 from upslope.models.trunk import Trunk

@@ -67,6 +67,9 @@ def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path):
     talk = upslope("chat", model_dir, "--max-tokens", "4", stdin="hi\n\n")
     assert talk.returncode == 0 and "model:" in talk.stdout
     assert upslope("export", model_dir, tmp_path / "out").returncode == 0
+    (tmp_path / "file").write_text("")
+    refused = upslope("export", model_dir, tmp_path / "file")
+    assert refused.returncode == 2 and "file: File exists; choose another" in refused.stderr
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
 
 

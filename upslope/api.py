@@ -13,7 +13,7 @@ import torch
 
 from upslope.config import POLICY_STAGES, load_recipe, read_recipe
 from upslope.engine import Completion, Engine, Request, Sampling
-from upslope.errors import DataError, ModelError, RecipeError
+from upslope.errors import DataError, ModelError, RecipeError, RunError
 from upslope.kernels.allocator import keep_freed_memory
 from upslope.models.open import load_model, make_runner, save_model
 from upslope.models.trunk import Trunk
@@ -165,7 +165,10 @@ class LoadedModel:
     def export(self, folder: str | Path) -> Path:
         """Write Hugging Face layout: weights, configuration, tokenizer."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the folder {path}: {error.strerror}", "choose another") from None
         save_model(self.model, path)
         self.tokenizer.save(path)
         return path

@@ -86,3 +86,12 @@ def test_a_rollout_is_sampled_scored_and_learned_from():
 
 def test_the_first_token_of_a_text_is_read_and_not_predicted():
     assert text_tokens([[True, True, True], [False, False, True]]) == Tokens(2, 4, 3)
+
+
+def test_an_encoder_that_is_pretrained_projects_what_is_masked_to_its_vocabulary():
+    model = new_model(Scratch(kind="encoder", width=16, layers=2, heads=2, context=64, vocab=300), 300, 1)
+    model.read_masks()
+    trunk = sum(p.numel() for p in model.stack.parameters() if p.ndim > 1)
+    assert Meter.of(model).forward(Tokens(10, 0, 2)) == 2 * trunk * 10 + 2 * (300 * 16 + 16 * 16) * 2
+    model.take_labels(("a", "b"))
+    assert Meter.of(model).output == 2 * 17

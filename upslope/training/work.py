@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from upslope.models.encoder import Encoder
 from upslope.models.heads import ActorCritic
 from upslope.models.trunk import Trunk
 from upslope.training.episode import Episode
 
-OUTSIDE = ("embed.", "position.", "types.", "head.", "label_head.")  # looked up, or counted as the projection
+# looked up, met once a text, or counted as the projection
+OUTSIDE = ("embed.", "position.", "types.", "head.", "label_head.", "pooler.", "pair.", "masked.")
 OF_SOURCES = ("encoder.", ".across.k.", ".across.v.")  # what a token of an encoder-decoder's source meets
 
 
@@ -50,18 +52,28 @@ class Meter:
 
     @classmethod
     def of(cls, model: Trunk, *, projects: bool = True) -> Meter:
-        """Count a model's weights, with what is frozen now. projects: to logits; a reward model makes one number."""
+        """Count a model's weights, with what is frozen now. projects: to logits; a reward model makes one number.
+
+        An encoder reads all but the label, its one action; one without labels yet reads everything, and projects what
+        is masked, through the head for that, to the vocabulary.
+        """
         counts = {"prompt": 0, "rest": 0, "prompt_learned": 0, "rest_learned": 0}
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2 or name.startswith(OUTSIDE):
                 continue
             of_source = any(part in name for part in OF_SOURCES)
             met = {"prompt": of_source or not model.needs_source, "rest": not of_source or not model.needs_source}
+            if isinstance(model, Encoder):
+                met = {"prompt": True, "rest": not model.labels}
             for side in (side for side in met if met[side]):
                 counts[side] += parameter.numel()
                 counts[f"{side}_learned"] += parameter.numel() * parameter.requires_grad
-        output = model.output_weight
-        return cls(**counts, output=output.numel() * projects, output_learned=output.requires_grad)
+        if isinstance(model, Encoder) and not model.labels:
+            output = [model.embed.weight, *([] if model.masked is None else [model.masked.dense.weight])]
+        else:
+            output = [model.output_weight]
+        numbers = sum(weight.numel() for weight in output)
+        return cls(**counts, output=numbers * projects, output_learned=output[0].requires_grad)
 
     def forward(self, tokens: Tokens) -> float:
         """Operations of one pass."""

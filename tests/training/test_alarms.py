@@ -342,8 +342,9 @@ def test_the_other_loops_stop_with_their_batch_saved_too(recipe, rows, tmp_path,
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **o: inner(*a, **o) * float("nan"))
     del recipe["sft"]
     del recipe["rl" if stage == "reward" else "reward"]
+    own = count_vowels if stage == "rl" else None
     with pytest.raises(RunError, match=f"lower {stage}.optim.lr, and look at the last batch"):
-        upslope.train(recipe, f"{stage}.steps=9", reward=count_vowels, rows=rows, out=tmp_path / "run", plain=True)
+        upslope.train(recipe, f"{stage}.steps=9", reward=own, rows=rows, out=tmp_path / "run", plain=True)
     saved = json.loads((tmp_path / "run" / stage / "bad-batch.json").read_text())
     assert saved["step"] == SKIPS_ALLOWED and saved["metrics"]["optim/skipped"] == 1.0
     assert all(item["chosen" if stage == "reward" else "actions"] for item in saved["batch"])

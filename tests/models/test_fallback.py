@@ -87,10 +87,6 @@ def test_pickled_weights_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def score(prompts, completions, rows):
-    return [float(sum(c.islower() for c in text)) for text in completions]
-
-
 def test_a_run_by_a_class_of_transformers_says_so_once(tokenizer, rows, tmp_path):
     config = FALLBACK["fallback-opt"]
     config = type(config)(**{**config.to_dict(), "vocab_size": tokenizer.vocab_size})
@@ -99,7 +95,7 @@ def test_a_run_by_a_class_of_transformers_says_so_once(tokenizer, rows, tmp_path
     tokenizer.save(model)
     recipe = make_recipe(model)
     del recipe["reward"]
-    recipe["rl"] |= {"reward": f"{__name__}:score", "critic": "separate", "freeze_layers": 1, "steps": 2}
+    recipe["rl"] |= {"reward": "tests.scores:count_lower", "critic": "separate", "freeze_layers": 1, "steps": 2}
     run = upslope.train(recipe, rows=rows, out=tmp_path / "run", plain=True)
     said = [e["text"] for e in read_events(run / "events.jsonl") if e["kind"] == "account" and REMARK in e["text"]]
     assert said == [f"the model: {REMARK}"]

@@ -305,10 +305,6 @@ def test_second_derivatives_equal_differences_of_first_ones(name):
         torch.testing.assert_close(a, (up - down) / (2 * step), atol=1e-6, rtol=1e-4)
 
 
-def score(prompts, completions, rows):
-    return [float(sum(c.islower() for c in text)) for text in completions]
-
-
 def recipe_of(name, **rl):
     recipe = make_recipe("none")
     recipe["reward"] |= {"freeze_layers": 1}
@@ -344,7 +340,7 @@ def test_c55_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_as_an_unbroken_o
 @pytest.mark.parametrize("critic", ["shared", "detached", "separate"])
 @pytest.mark.parametrize("name", KINDS_MADE)
 def test_every_critic_and_trpo_run(name, critic, rows, tmp_path):
-    reward = {"reward": f"{__name__}:score", "critic": critic, "freeze_layers": 1}
+    reward = {"reward": "tests.scores:count_lower", "critic": critic, "freeze_layers": 1}
     trpo = {"algorithm": "trpo", "value_loss": "squared", "minibatches": 1}
     recipe = recipe_of(name, **reward, **(trpo if critic != "shared" else {}))
     del recipe["reward"], recipe["sft"]

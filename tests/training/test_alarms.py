@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import upslope
-from tests.training.test_pipeline import count_vowels
+from tests.scores import count_vowels
 from upslope.config import RL, load_recipe
 from upslope.errors import RunError
 from upslope.evaluate import Outcome, estimates

@@ -5,7 +5,8 @@ from safetensors.torch import load_file
 
 import upslope
 from tests.conftest import make_recipe
-from tests.training.test_pipeline import count_vowels, outcome, same, stop_at_ask
+from tests.scores import count_vowels
+from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import PRESETS
 from upslope.errors import Interrupted
 

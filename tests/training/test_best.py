@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import upslope
 from tests.checkpoints import names, newest, save
-from tests.training.test_pipeline import count_vowels
+from tests.scores import count_vowels
 from upslope.checkpoint import checkpoint_at
 from upslope.config import load_recipe, may_change
 from upslope.errors import RecipeError, RunError

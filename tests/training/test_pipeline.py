@@ -15,16 +15,13 @@ from safetensors.torch import load_file
 
 import upslope
 from tests.conftest import make_recipe, tiny_decoder
+from tests.scores import count_vowels
 from upslope.errors import DataError, Interrupted, ModelError, RecipeError, RewardError, RunError
 from upslope.models.hf import save_decoder
 from upslope.observe.events import read_events
 from upslope.training import rl as rl_module
 from upslope.training import supervised
 from upslope.training.run import Run
-
-
-def count_vowels(prompts, completions, rows):
-    return [float(sum(c in "aeiou" for c in text)) for text in completions]
 
 
 def outcome(folder: Path):

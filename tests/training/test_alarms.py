@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import upslope
-from tests.scores import count_vowels
+from tests.scores import count_vowels, fails_at_times, same_for_all
 from upslope.config import RL, load_recipe
 from upslope.errors import RunError
 from upslope.evaluate import Outcome, estimates
@@ -189,14 +189,6 @@ def alarms_of(folder):
 
 def metric_of(folder, name):
     return [e["metrics"][name] for e in read_events(folder / "events.jsonl") if e["kind"] == "step"]
-
-
-def same_for_all(prompts, completions, rows):
-    return [1.0] * len(completions)
-
-
-def fails_at_times(prompts, completions, rows):
-    return [None if "e" in c else 1.0 * len(c) for c in completions]
 
 
 def test_a_healthy_run_gives_no_alarm_and_equal_rewards_give_one_that_does_not_repeat(recipe, rows, tmp_path):

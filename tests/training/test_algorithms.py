@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 import upslope
 from tests.conftest import make_recipe
-from tests.scores import count_vowels
+from tests.scores import count_vowels, fails_sometimes
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import PRESETS
 from upslope.errors import Interrupted
@@ -64,10 +64,6 @@ def test_c55_every_algorithm_stopped_anywhere_ends_where_an_unbroken_run_ends(
         train(name, model_dir, rows, tmp_path / "run")
     monkeypatch.undo()
     same(outcome(train(name, model_dir, rows, tmp_path / "run")), outcome(finished(name)))
-
-
-def fails_sometimes(prompts, completions, rows):
-    return [None if sum(map(ord, text)) % 3 == 0 else float(len(text)) for text in completions]
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "raft", "reinforce"])

@@ -19,10 +19,6 @@ SHAPE = {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 48,
 WORDS = {"good": ["fine", "lovely", "warm"], "bad": ["dull", "weak", "grim"], "so-so": ["fair", "middling", "plain"]}
 
 
-def right(prompts, completions, rows):
-    return [float(c == row["label"]) for c, row in zip(completions, rows, strict=True)]
-
-
 def labelled_rows(count=150):
     names = list(WORDS)
     return [
@@ -38,7 +34,7 @@ def recipe(**changes):
         "data": {"rows": "given", "text": "text", "classes": "label", "valid": 0.2, "test": 0.2, "max_tokens": 48},
         "optim": {"lr": 5e-3, "micro_tokens": 256},
         "sft": {"steps": 40, "batch": 16},
-        "rl": {"reward": f"{__name__}:right", "steps": 2, "prompts": 8, "max_tokens": 1},
+        "rl": {"reward": "tests.scores:right", "steps": 2, "prompts": 8, "max_tokens": 1},
         "eval": {"prompts": 6, "judges": []},
     }
     return {key: value for key, value in (base | changes).items() if value is not None}

@@ -9,6 +9,7 @@ import torch
 
 import upslope
 from tests.conftest import make_recipe
+from tests.scores import plain_start
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import Expert
 from upslope.errors import DataError, Interrupted, RecipeError, RewardError, RunError
@@ -196,10 +197,6 @@ def test_samples_of_another_recipe_are_not_taken_up(recipe, rows, tmp_path, monk
         upslope.train(recipe, rows=rows, out=tmp_path / "run", plain=True)
     with pytest.raises(RunError, match=r"another recipe: expert\.temperature"):
         upslope.train(recipe, "expert.temperature=0.5", rows=rows, out=tmp_path / "run", plain=True)
-
-
-def plain_start(prompts, completions, rows):
-    return [float(bool(c) and c[0].isascii()) for c in completions]
 
 
 def test_a_model_learns_what_was_kept_without_any_rl(recipe, rows, tmp_path):

@@ -74,10 +74,6 @@ def test_each_kind_of_name_has_a_short_one():
     assert [source_name(n) for n in names] == ["bleu", "learned", "likelihood", "language_de", "score", "f"]
 
 
-def shouts(prompts, completions, rows):
-    return [float(c.isupper()) for c in completions]
-
-
 def test_any_weighted_mixture_of_named_learned_and_own_rewards_is_the_total(recipe, rows, tmp_path, model_dir):
     """A metric by name, a learned model, a frozen one, a language and a function of one's own, each with its weight."""
     weights = {
@@ -85,7 +81,7 @@ def test_any_weighted_mixture_of_named_learned_and_own_rewards_is_the_total(reci
         "stage:reward": 0.5,
         f"likelihood:{model_dir}": 0.25,
         "language:en": 0.1,
-        f"{__name__}:shouts": 2.0,
+        "tests.scores:shouts": 2.0,
         "length_words": -0.01,
     }
     recipe["rl"]["reward"] = weights

@@ -7,6 +7,7 @@ import pytest
 
 import upslope
 from tests.conftest import make_recipe, make_rows
+from tests.scores import pays_for_length
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import load_recipe
 from upslope.errors import DataError, Interrupted, RecipeError
@@ -173,11 +174,6 @@ def test_the_alarm_compares_the_same_prompts_and_knows_what_less_is_better_of():
     assert judged_worse(found, weights) is None  # were more of it better, it would have risen too
     falling = _changes(first, {**first, "reward": [0.4] * n, "chrf": [0.2] * (n - 1) + [None]}, 0)
     assert "chrf -0.30 [-0.30, -0.30] has fallen" in judged_worse(*falling, lower=["ter"])
-
-
-def pays_for_length(prompts, completions, rows):
-    """A reward that any longer text earns: the task's metric falls as it is learned."""
-    return [float(len(c)) for c in completions]
 
 
 def test_a_cheated_reward_is_told_on_the_way(model_dir, tmp_path, monkeypatch):

@@ -85,8 +85,11 @@ def close(one, other):
     (model, metrics), (other_model, other_metrics) = one, other
     for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    work = ("tokens/read", "compute/tflop")  # a common parent is read once
     for m, o in zip(metrics, other_metrics, strict=True):
-        assert m == pytest.approx(o, rel=1e-4, abs=1e-5)
+        assert {k: v for k, v in m.items() if k not in work} == pytest.approx(
+            {k: v for k, v in o.items() if k not in work}, rel=1e-4, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -295,8 +298,8 @@ def unbroken(tmp_path_factory, model_dir, pair_rows):
 
 
 # 2 to 7: reward, its steps, its unseen pairs, its scale; 9 to 15: the reference and the mismatched pairs; 16: unseen
-# pairs; 17 to 22: z0 and the update of each step; 23: unseen pairs
-@pytest.mark.parametrize("stop_at", [2, 4, 7, 9, 12, 15, 16, 17, 20, 23])
+# pairs; 17 to 22: z0 and the update of each step, then unseen pairs
+@pytest.mark.parametrize("stop_at", [2, 4, 7, 9, 12, 15, 16, 17, 20, 22])
 def test_c55_a_preference_stage_stopped_anywhere_ends_where_an_unbroken_one_ends(
     unbroken, pair_rows, tmp_path, monkeypatch, stop_at
 ):

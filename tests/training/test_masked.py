@@ -55,14 +55,20 @@ def test_what_is_hidden_depends_on_seed_step_and_row_alone():
     assert short.trained == [False, True]  # one at the least
 
 
-def test_the_loss_is_that_of_transformers(tmp_path):
+def saved_bert(kind, folder):
+    """A random small BERT of a class of transformers, written to a folder."""
     config = transformers.BertConfig(
         vocab_size=43, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
         max_position_embeddings=40, initializer_range=0.4,
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = transformers.BertForMaskedLM(config).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs = kind(config).eval()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def test_the_loss_is_that_of_transformers(tmp_path):
+    theirs = saved_bert(transformers.BertForMaskedLM, tmp_path)
     texts = [
         Masked([2, 3, 9, 3, 1], [False, True, False, True, False], 0, [7, 8]),
         Masked([2, 9, 3], [False, True, True], 1, [11, 12]),
@@ -133,13 +139,7 @@ def test_a_text_is_cut_at_the_end_of_the_sentence_nearest_its_middle():
 
 
 def test_the_loss_of_pairs_is_that_of_transformers(tmp_path):
-    config = transformers.BertConfig(
-        vocab_size=43, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
-        max_position_embeddings=40, initializer_range=0.4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    theirs = transformers.BertForPreTraining(config).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs = saved_bert(transformers.BertForPreTraining, tmp_path)
     ours = load_encoder(tmp_path)
     assert ours.config.paired
     texts = [

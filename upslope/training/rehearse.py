@@ -190,6 +190,3 @@ def _try_source(where: str, source: Source, episodes: Sequence[Episode], rows: S
             f"with {reason}",
             "mend it: nothing has been trained yet",
         )
-
-
-__all__ = ["rehearse"]

@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import pytest
 import torch
 from datasets import Dataset
 
 from tests.conftest import make_recipe, make_rows, save_tokenizer, tiny_decoder
 from tests.faults.harness import to_toml
+from tests.text.packages import FILES, SENSES, put
 from upslope.config import load_recipe
 from upslope.errors import UpslopeError
 from upslope.models.hf import load_decoder, save_decoder
 from upslope.observe.events import EventLog, read_events
+from upslope.text import corpora, labelled
 from upslope.text.rows import load_rows
 from upslope.text.tokenizer import Tokenizer
 
@@ -58,6 +61,18 @@ def _rows(ending: str) -> Callable[[Path, bytes], object]:
     def read(folder: Path, data: bytes) -> object:
         (folder / f"rows.{ending}").write_bytes(data)
         return load_rows(folder / f"rows.{ending}").to_list()
+
+    return read
+
+
+def _corpus(name: str, source: str) -> Callable[[Path, bytes], object]:
+    """A corpus of small packages that are whole but for one file of theirs."""
+
+    def read(folder: Path, data: bytes) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            put({**FILES, **(SENSES if name == "senses" else {}), source: data})
+            return load_rows(f"corpus:{name}").to_list()
 
     return read
 
@@ -184,6 +199,29 @@ def _parquet() -> bytes:
     return buffer.getvalue()
 
 
+# what a corpus is made of: a name for the file, the corpus, the file
+CORPORA: Mapping[str, tuple[str, str]] = {
+    "sword index": ("bible", f"{corpora.KING_JAMES}/ot.bzs"),
+    "sword places": ("bible", f"{corpora.KING_JAMES}/ot.bzv"),
+    "sword text": ("bible", f"{corpora.KING_JAMES}/ot.bzz"),
+    "codespell": ("spelling", corpora.CODESPELL),
+    "wordnet glosses": ("words", f"{corpora.WORDNET}/data.noun"),
+    "wordnet senses": ("words", f"{corpora.WORDNET}/index.sense"),
+    "wordnet meanings": ("senses", f"{corpora.WORDNET}/data.noun"),
+    "dictionary": ("german-english", corpora.DING),
+    "conversations": ("dialogue", corpora.CHATS),
+    "mail": ("mail", f"{labelled.MAIL}/spam-2/00002.json"),
+    "newswire": ("newswire", labelled.NEWSWIRE.format(side="test")),
+    "apt packages": ("descriptions", "apt:a_Packages"),
+    "apt descriptions": ("descriptions", "apt:a_Translation-en"),
+}
+
+
+def _file(corpus: str, source: str) -> Callable[[], list[bytes]]:
+    data = (SENSES if corpus == "senses" else FILES)[source]
+    return lambda: [data if isinstance(data, bytes) else data.encode()]
+
+
 TARGETS: Mapping[str, Target] = {
     "recipe": Target(_recipe, lambda: [to_toml(make_recipe(Path("m"))).encode()]),
     "jsonl": Target(_rows("jsonl"), lambda: [_jsonl(), b'{"a": [{"b": null}]}\n{"a": []}\n{"c": 1}\n{"c": 0.5}\n']),
@@ -199,6 +237,7 @@ TARGETS: Mapping[str, Target] = {
     "gguf": Target(_gguf, _gguf_seed),
     "tokenizer.json": Target(_tokenizer_file, lambda: [(_tokenizer()[1] / "tokenizer.json").read_bytes()]),
     "tokenizer text": Target(_tokenizer_text, lambda: [b"a fine film", "naïve \U0001f600\r\n\0<|im_end|>".encode()]),
+    **{name: Target(_corpus(*of), _file(*of)) for name, of in CORPORA.items()},
 }
 
 torch.set_num_threads(1)

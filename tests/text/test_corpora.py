@@ -1,88 +1,17 @@
 """Corpora from small made-up packages: what is taken, what is left, and that the same package gives the same rows."""
 
-import json
-import struct
-import zlib
-
 import pytest
 
+from tests.text.packages import FILES, HEAD, SENSES, put
 from upslope.errors import DataError
-from upslope.text import corpora, labelled, wordnet
+from upslope.text import corpora, labelled
 from upslope.text.rows import load_rows
-
-FILES = {
-    corpora.CODESPELL: "teh->the\nhsi->his\ncatt->cat\ndgo->dog\nfoo->bar, baz,\nLondno->London\n",
-    f"{corpora.WORDNET}/data.noun": (
-        "  1 This software\n"
-        '00000001 05 n 02 cat 0 true_cat 0 000 | a feline mammal; "the cat sat there"; "cats"  \n'
-        '00000002 05 n 01 hood 0 000 | a (slang) thing; "they grew up in the hood"; "This was fun"  \n'
-        "00000003 05 n 01 dog 0 000 | a canine mammal  \n"
-    ),
-    f"{corpora.WORDNET}/data.verb": '00000001 30 v 01 chase 0 000 | go after; "a dog chased it"  \n',
-    f"{corpora.WORDNET}/data.adj": "",
-    f"{corpora.WORDNET}/data.adv": "",
-    f"{corpora.WORDNET}/index.sense": (
-        "cat%1:05:00:: 00000001 1 4\nfeline%1:05:00:: 00000001 1 9\ntrue_cat%1:05:00:: 00000001 1 7\n"
-        "hood%1:05:00:: 00000002 1 0\ndog%1:05:00:: 00000003 1 1\nchase%2:30:00:: 00000001 1 2\n"
-    ),
-    corpora.DING: (
-        "# a comment\nHund {m} :: dog\n"
-        "Der Hund schläft heute. | Die Katze auch nicht. :: The dog sleeps today. | Nor does the cat.\n"
-        "Er hat etw. gesagt. :: He said sth. then.\nWie geht es? :: How are things? | What's up?\nJa :: Yes.\n"
-    ),
-}
-
-
-def module(*entries):
-    """The three files of a testament in one block: what index, places and packed text say of these entries."""
-    plain, places = b"", b""
-    for text in entries:
-        places += struct.pack("<IIH", 0, len(plain), len(text.encode()))
-        plain += text.encode()
-    packed = zlib.compress(plain)
-    return {"bzs": struct.pack("<III", 0, len(packed), len(plain)), "bzv": places, "bzz": packed}
-
-
-GENESIS = '<chapter n="1" osisID="Gen.1" sID="Gen.1"/>'
-MODULES = {
-    corpora.KING_JAMES: module(
-        "",
-        '<div type="book"/>',
-        GENESIS,
-        'In the <w lemma="H7225">beginning</w> God made.',
-        "<q>¶ And</q> it was so.",
-        "",
-    ),
-    corpora.MODERN: module(
-        '<div type="front"/>A preface.',
-        GENESIS,
-        "<title>Psalm</title>“In the beginning, God<note>in Hebrew</note>made.<l/>All &amp; more.<note>x</note>”",
-        '<chapter eID="Gen.1"/>An appendix.',
-        "A verse of one only.",
-    ),
-}
-FILES |= {
-    f"{name}/{side}.{end}": data
-    for name, files in MODULES.items()
-    for side in ("ot", "nt")
-    for end, data in files.items()
-}
-TURNS = [["Hi", "there"], ["Hello."], ["How  are you?"]]
-CHATS = {"a": {"messages": [[{"text": text} for text in turn] for turn in TURNS], "prompt": "What if?"}}
-CHATS["b"] = {"messages": [[{"text": "nobody answers"}]], "prompt": "Why?"}
-FILES[corpora.CHATS] = json.dumps(CHATS)
 
 
 @pytest.fixture(autouse=True)
 def packages(tmp_path, monkeypatch):
-    def resolve(source):
-        path = tmp_path / source.replace("/", "_")
-        data = FILES[source]
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-        return path
-
-    monkeypatch.setattr(corpora, "resolve", resolve)
-    monkeypatch.setattr(wordnet, "resolve", resolve)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    put(FILES)
 
 
 def test_spelling_puts_one_real_misspelling_into_each_sentence():
@@ -105,12 +34,13 @@ def test_words_are_those_in_use_the_most_used_first():
     ]
 
 
-def test_a_words_kin_are_one_family_and_so_on_one_side_of_a_split(monkeypatch):
+def test_a_words_kin_are_one_family_and_so_on_one_side_of_a_split():
     kin = ["receive", "receiver", "receiving", "received"]
     others = ["necessary", "necessarily", "happy", "happiness"]
     texts = "; ".join(f'"we saw {word} number {n}"' for word in kin + others for n in range(5))
-    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.verb", f"00000001 30 v 01 chase 0 000 | go; {texts}  \n")
-    monkeypatch.setitem(FILES, corpora.CODESPELL, "".join(f"{word}x->{word}\n" for word in kin + others))
+    verbs = f"00000001 30 v 01 chase 0 000 | go; {texts}  \n"
+    typos = "".join(f"{word}x->{word}\n" for word in kin + others)
+    put({f"{corpora.WORDNET}/data.verb": verbs, corpora.CODESPELL: typos})
     rows = [row for row in corpora.corpus("spelling") if "number" in row["right"]]
     families = {row["word"]: row["family"] for row in rows}
     assert len(families) == 8 and len(set(families.values())) == 3 and len({families[word] for word in kin}) == 1
@@ -124,15 +54,8 @@ def test_translations_are_whole_sentences_one_to_one():
     ]
 
 
-def test_senses_are_sentences_and_six_definitions_the_words_own_meanings_among_them(monkeypatch):
-    nouns = [f"{n:08d} 05 n 01 thing{'abcdefgh'[n]} 0 000 | definition {n}  \n" for n in range(8)]
-    nouns += [
-        '00000010 05 n 02 bank 0 shore 0 000 | land beside water; "they sat on the bank"; "a bank"  \n',
-        "00000011 05 n 01 bank 0 000 | a house of money  \n",
-        '00000012 05 n 01 cat 0 000 | a feline; "the cat sat there"  \n',  # of one meaning
-    ]
-    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.noun", "  1 This software\n" + "".join(nouns))
-    monkeypatch.setitem(FILES, f"{corpora.WORDNET}/data.verb", "00000001 30 v 01 bank 0 000 | lean to a side  \n")
+def test_senses_are_sentences_and_six_definitions_the_words_own_meanings_among_them():
+    put(SENSES)
     (row,) = corpora.corpus("senses")
     assert (row["sentence"], row["word"]) == ("they sat on the bank", "bank")
     assert len(set(row["passages"])) == 6 and row["passages"][row["right"]] == "land beside water"
@@ -140,18 +63,15 @@ def test_senses_are_sentences_and_six_definitions_the_words_own_meanings_among_t
     assert [row] == corpora.corpus("senses")
 
 
-def message(folder, name, header, body):
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"id": name, "text": f"{header}\n\n{body}"}))
+def test_too_few_meanings_to_choose_from_are_told():
+    put(SENSES)
+    few = [line for line in SENSES[f"{corpora.WORDNET}/data.noun"].splitlines() if "definition" not in line]
+    put({f"{corpora.WORDNET}/data.noun": "\n".join(few)})
+    with pytest.raises(DataError, match=r"corpus:senses .* 3 definitions of the kind noun are too few"):
+        corpora.corpus("senses")
 
 
-def test_mail_is_its_subject_and_its_first_lines_and_no_more_of_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(labelled, "resolve", lambda source: tmp_path)
-    message(tmp_path / "easy-ham-1", "00001", "To: a@b\nSubject: [list-b] Re: Lunch\nX-Spam: no", "At one?\n> Where?")
-    html = "<style>p {}</style><p>Win &amp; <b>win</b></p>"
-    message(tmp_path / "spam-2", "00002", "Content-Type: text/html", html)
-    message(tmp_path / "spam-2", "00003", "Subject: Lunch\nContent-Type: image/png", "gAAA")
-    (tmp_path / "file_list.json").write_text("[]")
+def test_mail_is_its_subject_and_its_first_lines_and_no_more_of_its_header():
     assert corpora.corpus("mail") == [
         {"text": "Lunch. At one? > Where?", "label": "ham", "thread": "lunch"},
         {"text": "Win & win", "label": "spam", "thread": "00002"},
@@ -159,11 +79,7 @@ def test_mail_is_its_subject_and_its_first_lines_and_no_more_of_its_header(tmp_p
     ]
 
 
-def test_the_newswire_is_the_beginning_of_each_story(tmp_path, monkeypatch):
-    monkeypatch.setattr(labelled, "resolve", lambda source: tmp_path / source.rpartition("-")[2])
-    head = "Category\tText\nd\tstring\nclass\t\n"
-    (tmp_path / "train.tab").write_text(f"{head}earn\tfab industries inc net {'shr ' * 60}\n\n")
-    (tmp_path / "test.tab").write_text(f"{head}grain\tussr buys\n")
+def test_the_newswire_is_the_beginning_of_each_story():
     first, second = corpora.corpus("newswire")
     assert first == {
         "text": f"fab industries inc net{' shr' * 36}",
@@ -188,14 +104,6 @@ def test_verses_stand_side_by_side_without_their_marks():
     ]
 
 
-@pytest.mark.parametrize("end", ["bzs", "bzv", "bzz"])
-def test_a_damaged_module_is_told(end, monkeypatch):
-    name = f"{corpora.KING_JAMES}/ot.{end}"
-    monkeypatch.setitem(FILES, name, FILES[name][:-3])
-    with pytest.raises(DataError, match=r"is no whole module of SWORD"):
-        corpora.corpus("bible")
-
-
 def test_replies_follow_what_was_said_and_a_turn_is_all_that_one_says():
     assert corpora.corpus("dialogue") == [
         {"before": "", "said": "Hi there", "reply": "Hello.", "conversation": "a", "about": "What if?"},
@@ -203,11 +111,27 @@ def test_replies_follow_what_was_said_and_a_turn_is_all_that_one_says():
     ]
 
 
-@pytest.mark.parametrize("damaged", ["{", "[1]", '{"a": {"messages": [[{}]]}}', '{"a": {"messages": 1}}'])
-def test_damaged_conversations_are_told(damaged, monkeypatch):
-    monkeypatch.setitem(FILES, corpora.CHATS, damaged)
-    with pytest.raises(DataError, match="holds no conversations"):
-        corpora.corpus("dialogue")
+VERSES, MAIL = f"{corpora.KING_JAMES}/ot", f"{labelled.MAIL}/spam-2/00002.json"
+DAMAGED = [
+    *(("bible", f"{VERSES}.{end}", FILES[f"{VERSES}.{end}"][:-3]) for end in ("bzs", "bzv", "bzz")),
+    *(
+        ("dialogue", corpora.CHATS, text)
+        for text in ("{", "[1]", '{"a": {"messages": [[{}]]}}', '{"a": {"messages": 1}}')
+    ),
+    *(("mail", MAIL, text) for text in ("{", "[]", '{"text": 1}', b"\xff")),
+    ("newswire", labelled.NEWSWIRE.format(side="test"), HEAD.encode() + b"grain\t\xff\n"),
+    ("words", f"{corpora.WORDNET}/index.sense", "cat%1:05:00:: 00000001\n"),
+    ("senses", f"{corpora.WORDNET}/data.verb", "00000001 30 v xx bank 0 000 | lean\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "source", "data"), DAMAGED, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(DAMAGED)])
+def test_a_damaged_package_is_told(name, source, data):
+    put({source: data})
+    with pytest.raises(
+        DataError, match=rf"corpus:{name} cannot be made of what its packages hold: .*; remove .*upslope"
+    ):
+        corpora.corpus(name)
 
 
 def test_a_corpus_is_rows_like_any_other_and_a_wrong_name_is_told():

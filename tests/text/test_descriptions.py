@@ -4,43 +4,16 @@ import subprocess
 
 import pytest
 
+from tests.text.packages import FILES, put
 from upslope import sources
 from upslope.errors import DataError
 from upslope.text import descriptions
 
-PACKAGES = """Package: dog-data
-Source: dog (1.2)
-Section: contrib/games
-Description: data
-
-Package: cat
-Section: admin
-"""
-TRANSLATIONS = """Package: cat
-Description-md5: 1
-Description-en: shows a file
- Cat shows
-  - one file
- and more.
-
-Package: dog-data
-Description-en: data of a dog
- The dog barks. It
- barks loudly.
- .
- This is its data.
-
-Package: bird
-Description-en: sings
-"""
-
 
 def test_the_first_paragraph_goes_with_the_synopsis_and_the_source(tmp_path, monkeypatch):
-    lists = [tmp_path / name for name in ("a_Packages", "a_Translation-en", "b_Translation-en")]
-    again = "Package: cat\nDescription-en: another\n Of a later list.\n"
-    for path, text in zip(lists, (PACKAGES, TRANSLATIONS, again), strict=True):
-        path.write_text(text)
-    monkeypatch.setattr(descriptions, "apt_index", lambda language: ([lists[0]], lists[1:]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    put({name: text for name, text in FILES.items() if name.startswith("apt:")})
+    put({"apt:b_Translation-en": "Package: cat\nDescription-en: another\n Of a later list.\n"})
     keys = ("description", "synopsis", "package", "source", "section")
     assert [tuple(row[key] for key in keys) for row in descriptions.descriptions()] == [
         ("Cat shows", "shows a file", "cat", "cat", "admin"),

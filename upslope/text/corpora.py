@@ -18,17 +18,21 @@ family, of one mistake, and belong on one side of a split.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import importlib
 import json
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from email.errors import MessageError
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from upslope.errors import DataError
-from upslope.sources import resolve
+from upslope.errors import DataError, UpslopeError
+from upslope.sources import cache_folder, resolve
 from upslope.text.descriptions import descriptions
 from upslope.text.labelled import mail, newswire
 from upslope.text.sword import verses
@@ -40,6 +44,11 @@ DING = "deb:trans-de-en/usr/share/trans/de-en"
 KING_JAMES = "deb:sword-text-kjv/usr/share/sword/modules/texts/ztext/engKJV2006eb"
 MODERN = "deb:sword-text-web/usr/share/sword/modules/texts/ztext/engWEB2015eb"
 CHATS = "pypi:chitchat-dataset==0.9.0/chitchat_dataset/dataset.json"
+# what a damaged file comes to in the readers below and those of the other modules
+UNREADABLE = (
+    *(ValueError, LookupError, TypeError, AttributeError, RecursionError),
+    *(csv.Error, struct.error, zlib.error, MessageError),
+)
 PLACEHOLDERS = re.compile(r"\b(sb|sth|etw|jdn|jdm|jds|jmd|o\.s)\b|[/\[\]{}()<>]")
 
 
@@ -112,15 +121,11 @@ def dialogue() -> Iterator[Row]:
 
     The messages that one person sends in a row are one turn. A conversation of one turn has no reply and no row.
     """
-    path = Path(resolve(CHATS))
-    try:
-        for name, conversation in json.loads(path.read_text(encoding="utf-8")).items():
-            turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
-            about = conversation["prompt"]
-            for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
-                yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} holds no conversations: {error!r}", "remove it, and it is fetched anew") from None
+    for name, conversation in json.loads(Path(resolve(CHATS)).read_text(encoding="utf-8")).items():
+        turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
+        about = str(conversation["prompt"])
+        for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
+            yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
 
 
 CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
@@ -137,11 +142,20 @@ CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
 
 
 def corpus(name: str) -> list[Row]:
-    """The rows of a corpus. Raises DataError for a name that there is not, and where a package cannot be had."""
+    """The rows of a corpus. Raises DataError for a name that there is not and a package that cannot be had or read."""
     if name not in CORPORA:
         near = difflib.get_close_matches(name, CORPORA, 1) or list(CORPORA)
         raise DataError(f"no corpus {name!r}", f"there is {', '.join(near)}")
-    return list(CORPORA[name]())
+    try:
+        return list(CORPORA[name]())
+    except UpslopeError:
+        raise
+    except UNREADABLE as error:
+        what = " ".join(str(error).split())[:120] or "it is damaged"
+        raise DataError(
+            f"corpus:{name} cannot be made of what its packages hold: {type(error).__name__}: {what}",
+            f"remove {cache_folder()}, and they are fetched anew",
+        ) from None
 
 
 def _glosses(kind: str) -> Iterator[tuple[str, str]]:

@@ -58,7 +58,7 @@ def load_rows(source: Any, *, limit: int | None = None) -> Dataset:
         return _from_file(Path(source), limit)
     elif isinstance(source, str) and source.startswith(MADE):
         word, _, name = source.partition(":")
-        table = Dataset.from_list(corpus(name) if word == "corpus" else puzzles(name))
+        table = _from_list(corpus(name) if word == "corpus" else puzzles(name))
     elif isinstance(source, str):
         table = _from_hub(source)
     else:

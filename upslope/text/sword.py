@@ -17,8 +17,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from upslope.errors import DataError
-
 CHAPTER = re.compile(r'<chapter\b[^>]*osisID="([^".]+)\.(\d+)"[^>]*sID=')
 BESIDES = re.compile(r"<(note|title|rdg|catchWord)\b[^>]*(?<!/)>.*?</\1>", re.DOTALL)  # what is no word of the verse
 GAPS = re.compile(r"<(note|l|lg|lb|div|q|list|item)\b")  # tags that part words even where no space stands
@@ -27,21 +25,17 @@ Verse = tuple[str, int, int]  # book, chapter, verse
 
 
 def verses(index: Path, places: Path, packed: Path) -> Iterator[tuple[Verse, str]]:
-    """(place, plain text) of each verse of one testament. Raises DataError for files that are damaged."""
-    try:
-        yield from _verses(index.read_bytes(), places.read_bytes(), packed.read_bytes())
-    except (zlib.error, struct.error, UnicodeDecodeError, IndexError) as error:
-        raise DataError(
-            f"{packed.name} is no whole module of SWORD: {error}", "remove it, and it is fetched anew"
-        ) from None
+    """(place, plain text) of each verse of one testament.
 
-
-def _verses(index: bytes, places: bytes, packed: bytes) -> Iterator[tuple[Verse, str]]:
+    Raises zlib.error, struct.error, UnicodeDecodeError or IndexError for files that are damaged.
+    """
+    data = packed.read_bytes()
     blocks = [
-        zlib.decompress(packed[start : start + size]) if size else b"" for start, size, _ in _records("<III", index)
+        zlib.decompress(data[start : start + size]) if size else b""
+        for start, size, _ in struct.iter_unpack("<III", index.read_bytes())
     ]
     book, chapter, verse = "", 0, 0
-    for block, start, size in _records("<IIH", places):
+    for block, start, size in struct.iter_unpack("<IIH", places.read_bytes()):
         text = blocks[block][start : start + size].decode()
         opening = CHAPTER.search(text)
         if opening:
@@ -62,7 +56,3 @@ def plain(osis: str) -> str:
     text = BESIDES.sub(" ", osis)
     text = TAG.sub("", GAPS.sub(r" <\1", text)).replace("¶", " ")
     return re.sub(r"\s+([.,;:!?”’)])", r"\1", " ".join(html.unescape(text).split()))
-
-
-def _records(form: str, data: bytes) -> Iterator[tuple[int, int, int]]:
-    yield from struct.iter_unpack(form, data)

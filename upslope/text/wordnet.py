@@ -20,7 +20,8 @@ def senses() -> Iterator[dict[str, Any]]:
 
     Sentences are WordNet's examples, whose meaning is known. The others are the word's own further meanings, the hard
     ones, and, where it has fewer, definitions of other words of its kind by a draw that the sentence alone decides.
-    Words of one meaning are left out: there would be nothing but the word to tell by.
+    Words of one meaning are left out: there would be nothing but the word to tell by. Raises ValueError for a kind
+    with too few definitions to choose from.
     """
     meanings = list(_meanings())
     of_word: dict[str, list[int]] = {}
@@ -29,6 +30,7 @@ def senses() -> Iterator[dict[str, Any]]:
         of_kind.setdefault(kind, []).append(place)
         for word in words:
             of_word.setdefault(word, []).append(place)
+    definitions = {kind: len({meanings[place][2] for place in places}) for kind, places in of_kind.items()}
     seen = set()
     for place, (kind, words, definition, sentences) in enumerate(meanings):
         for sentence in sentences:
@@ -39,6 +41,8 @@ def senses() -> Iterator[dict[str, Any]]:
             seen.add(sentence)
             others = [meanings[p][2] for p in of_word[word] if p != place]
             chosen = list(dict.fromkeys(o for o in others if o != definition))[: PASSAGES - 1]
+            if len(chosen) < PASSAGES - 1 and definitions[kind] < PASSAGES:
+                raise ValueError(f"{definitions[kind]} definitions of the kind {kind} are too few to choose from")
             turn = 0
             while len(chosen) < PASSAGES - 1:
                 other = meanings[of_kind[kind][draw(f"{sentence}\0{turn}", len(of_kind[kind]))]][2]

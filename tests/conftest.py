@@ -23,8 +23,13 @@ from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.hf import save_decoder
 from upslope.text.tokenizer import Tokenizer
 
-torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Each test begins with one thread: several, each waiting for the other in a loop, crawl on cores that are busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.hf import save_decoder
 from upslope.text.tokenizer import Tokenizer
 
+os.environ.pop("TRITON_INTERPRET", None)  # the commands that tests start are as a user's
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -37,6 +39,7 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The GPU's kernels serve: on a GPU where there is one, else in Triton's interpreter. The device to use."""
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton looks at it again when a kernel begins
         monkeypatch.setattr(cpu, "serve", lambda *tensors: False)
         monkeypatch.setattr(gpu, "serve", lambda *tensors: tensors[0].dtype in gpu.DTYPES)
     with warnings.catch_warnings():

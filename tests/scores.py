@@ -40,3 +40,11 @@ def shouts(prompts, completions, rows):
 def pays_for_length(prompts, completions, rows):
     """A reward that any longer text earns: the task's metric falls as it is learned."""
     return [float(len(c)) for c in completions]
+
+
+def bad_half(prompts, completions, rows):
+    return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+
+def raises(prompts, completions, rows):
+    raise KeyError("missing")

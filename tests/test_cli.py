@@ -61,15 +61,17 @@ def test_recipes_are_listed_and_printed():
         assert upslope("recipes", name).stdout == path.read_text()
 
 
-def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path):
+def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path, monkeypatch, capsys):
     done = upslope("generate", model_dir, "a fine", "--max-tokens", "4", "--samples", "2", "--seed", "1")
     assert done.returncode == 0 and done.stdout.count("a fine") >= 2, done.stderr
     talk = upslope("chat", model_dir, "--max-tokens", "4", stdin="hi\n\n")
     assert talk.returncode == 0 and "model:" in talk.stdout
     assert upslope("export", model_dir, tmp_path / "out").returncode == 0
     (tmp_path / "file").write_text("")
-    refused = upslope("export", model_dir, tmp_path / "file")
-    assert refused.returncode == 2 and "file: File exists; choose another" in refused.stderr
+    monkeypatch.setattr(sys, "argv", ["upslope", "export", str(model_dir), str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "file: File exists; choose another" in capsys.readouterr().err
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import upslope
+from tests import scores
 from tests.conftest import make_recipe, tiny_decoder
 from tests.scores import count_vowels
 from upslope.errors import DataError, Interrupted, ModelError, RecipeError, RewardError, RunError
@@ -184,19 +185,11 @@ def test_other_critics_and_bootstrapping_run(recipe, rows, tmp_path, critic):
     assert (folder / "rl" / "critic.safetensors").is_file()
 
 
-def bad_half(prompts, completions, rows):
-    return [None if i % 2 else 1.0 for i in range(len(completions))]
-
-
-def raises(prompts, completions, rows):
-    raise KeyError("missing")
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"reward": bad_half}, RewardError, "3 of 6 rewards failed, the first with bad_half: returned None"),
-        ({"reward": raises}, RewardError, "rl.reward: raises failed on each of the 8 .* KeyError"),
+        ({"reward": scores.bad_half}, RewardError, "3 of 6 rewards failed, the first with bad_half: returned None"),
+        ({"reward": scores.raises}, RewardError, "rl.reward: raises failed on each of the 8 .* KeyError"),
         ({"rows": [{"txt": "a"}]}, DataError, "no column 'text'; did you mean 'txt'"),
         ({"rows": []}, DataError, "there are no rows"),
         ({"model": "nowhere/at/all"}, DataError, "no such file"),

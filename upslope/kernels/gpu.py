@@ -5,12 +5,17 @@ They are written in Triton, which a torch for CUDA brings; without it everything
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# a torch for the processor alone may bring it too, and it takes long to import
+WANTED = torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET")
 try:
+    if not WANTED:
+        raise ImportError
     from triton import next_power_of_2
 
     from upslope.kernels import triton_decode as decode_kernels

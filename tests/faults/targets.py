@@ -27,6 +27,7 @@ from upslope.config import load_recipe
 from upslope.errors import UpslopeError
 from upslope.models.hf import load_decoder, save_decoder
 from upslope.observe.events import EventLog, read_events
+from upslope.sources import cache_folder
 from upslope.text import corpora, labelled
 from upslope.text.rows import load_rows
 from upslope.text.tokenizer import Tokenizer
@@ -71,7 +72,9 @@ def _corpus(name: str, source: str) -> Callable[[Path, bytes], object]:
     def read(folder: Path, data: bytes) -> object:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(folder))
-            put({**FILES, **(SENSES if name == "senses" else {}), source: data})
+            if not cache_folder().exists():
+                put({**FILES, **(SENSES if name == "senses" else {})})
+            put({source: data})
             return load_rows(f"corpus:{name}").to_list()
 
     return read

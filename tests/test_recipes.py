@@ -83,7 +83,12 @@ ROWS = {
     ],
     "fluency": SNIPPETS,
 }
-for name in ("spelling-correction", "spelling-encdec", "word-qa"):  # the stem of the word that is asked for
+for name in (
+    "spelling-correction",
+    "spelling-encdec",
+    "word-qa",
+    "retrieval",
+):  # its stem
     ROWS[name] = [{**row, "family": row["word"]} for row in ROWS[name]]
 SMOKE = (
     "dtype=fp32",

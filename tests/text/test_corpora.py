@@ -57,7 +57,7 @@ def test_translations_are_whole_sentences_one_to_one():
 def test_senses_are_sentences_and_six_definitions_the_words_own_meanings_among_them():
     put(SENSES)
     (row,) = corpora.corpus("senses")
-    assert (row["sentence"], row["word"]) == ("they sat on the bank", "bank")
+    assert (row["sentence"], row["word"], row["family"]) == ("they sat on the bank", "bank", "bank")
     assert len(set(row["passages"])) == 6 and row["passages"][row["right"]] == "land beside water"
     assert {"a house of money", "lean to a side"} < set(row["passages"])
     assert [row] == corpora.corpus("senses")

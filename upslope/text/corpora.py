@@ -5,7 +5,7 @@
 | spelling | wrong, right, word, typo, family | codespell's real misspellings, put into WordNet's example sentences |
 | words | definition, word, words, kind, family | WordNet's glosses of words in use |
 | german-english | german, english | sentences of the dictionary ding (the Debian package trans-de-en) |
-| senses | sentence, word, passages, right | WordNet's examples, and which definition of a word is meant (wordnet.py) |
+| senses | sentence, word, family, passages, right | WordNet's examples, and what a word means there (wordnet.py) |
 | mail | text, label, thread | SpamAssassin's public mail: ham and spam (labelled.py) |
 | newswire | text, topic, source | Reuters' stories of one topic each (labelled.py) |
 | dialogue | before, said, reply, conversation, about | pairs of turns of the Chit Chat Challenge (chitchat-dataset) |
@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import csv
 import difflib
-import importlib
 import json
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from email.errors import MessageError
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from upslope.sources import cache_folder, resolve
 from upslope.text.descriptions import descriptions
 from upslope.text.labelled import mail, newswire
 from upslope.text.sword import verses
-from upslope.text.wordnet import KINDS, WORDNET, draw, senses
+from upslope.text.wordnet import KINDS, WORDNET, draw, family, senses
 
 Row = dict[str, Any]
 CODESPELL = "pypi:codespell==2.4.3/codespell_lib/data/dictionary.txt"
@@ -68,7 +66,7 @@ def spelling() -> Iterator[Row]:
             word = words[draw(sentence, len(words))]
             typo = typos[word][draw(sentence + word, len(typos[word]))]
             wrong = re.sub(rf"\b{word}\b", typo, sentence, count=1)
-            yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo, "family": _family(word)}
+            yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo, "family": family(word)}
 
 
 def words() -> Iterator[Row]:
@@ -88,7 +86,7 @@ def words() -> Iterator[Row]:
                 found = [lemma for _, lemma in sorted(used[number, offset])]
                 definition = re.split(r'; "|;"', gloss)[0].strip().rstrip(";")
                 row = {"definition": definition, "word": found[0], "words": found, "kind": kind}
-                yield row | {"family": _family(found[0])}
+                yield row | {"family": family(found[0])}
 
 
 def german_english() -> Iterator[Row]:
@@ -187,10 +185,3 @@ def _lines(source: str) -> Iterator[str]:
     path = resolve(source)
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         yield from file
-
-
-@cache
-def _family(word: str) -> str:
-    """The stem of a word. nltk takes a second to import, and only these corpora need it."""
-    stem: str = importlib.import_module("nltk.stem.lancaster").LancasterStemmer().stem(word)
-    return stem

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def senses() -> Iterator[dict[str, Any]]:
                 if other != definition and other not in chosen:
                     chosen.append(other)
             ordered = sorted([definition, *chosen], key=lambda text: draw(f"{sentence}\0{text}", 1 << 62))
-            yield {"sentence": sentence, "word": word, "passages": ordered, "right": ordered.index(definition)}
+            right = ordered.index(definition)
+            yield {"sentence": sentence, "word": word, "family": family(word), "passages": ordered, "right": right}
 
 
 def _meanings() -> Iterator[tuple[str, list[str], str, list[str]]]:
@@ -72,3 +75,10 @@ def _meanings() -> Iterator[tuple[str, list[str], str, list[str]]]:
 def draw(key: str, count: int) -> int:
     """A number below `count` from a text alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % count
+
+
+@cache
+def family(word: str) -> str:
+    """The stem of a word. nltk takes a second to import, and only these corpora need it."""
+    stem: str = importlib.import_module("nltk.stem.lancaster").LancasterStemmer().stem(word)
+    return stem

@@ -17,6 +17,7 @@ from tests.checkpoints import ROOT
 from upslope.training.run import processor
 
 REPORT = ROOT / "docs" / "reliability.md"
+BY_HAND = "<!-- by hand -->"
 
 
 def where_and_when() -> str:
@@ -34,10 +35,15 @@ def section(title: str, path: Path = REPORT) -> list[str]:
 
 
 def replace_section(title: str, lines: Sequence[str], path: Path = REPORT) -> None:
-    """Put lines under the heading `## title`, in the place of what stood there; a new one stands at the end."""
+    """Put lines under the heading `## title`, in the place of what stood there; a new one stands at the end.
+
+    What was written by hand, below a line BY_HAND of the section, stays.
+    """
     text = path.read_text(encoding="utf-8")
     head, heading, rest = text.partition(f"## {title}\n")
     if not heading:  # a new section, at the end
         head, heading = f"{text.rstrip()}\n\n", f"## {title}\n"
-    _, following, tail = rest.partition("\n## ")
-    path.write_text(f"{head}{heading}\n" + "\n".join(lines) + "\n" + (following + tail if following else ""), "utf-8")
+    before, following, tail = rest.partition("\n## ")
+    _, mark, by_hand = before.partition(f"{BY_HAND}\n")
+    made = "\n".join(lines) + "\n" + (f"\n{mark}{by_hand}" if mark else "")
+    path.write_text(f"{head}{heading}\n{made}" + (following + tail if following else ""), "utf-8")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from upslope import cli
 from upslope.kernels import cpu, gpu
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.hf import save_decoder
@@ -32,6 +35,23 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def one_thread() -> None:
     """Each test begins with one thread: several, each waiting for the other in a loop, crawl on cores that are busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process, without the seconds that a new one takes to start: status, output, errors."""
+
+    def run(*arguments: Any, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["upslope", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
 
 
 @pytest.fixture

@@ -41,37 +41,35 @@ def test_help_is_instant():
         (("compare", "nowhere"), "holds no run and no sweep"),
     ],
 )
-def test_errors_are_one_line_and_status_2(arguments, message):
-    done = upslope(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_errors_are_one_line_and_status_2(arguments, message, command_here):
+    status, _, said = command_here(*arguments)
+    assert status == 2, said
+    assert message in said and "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
 
 
-def test_debug_shows_the_traceback_and_wrong_options_are_told():
-    assert "Traceback" in upslope("train", "no-such-recipe", "--debug").stderr
-    done = upslope("train", "sentiment-ppo", "--ouput", "x")
-    assert done.returncode == 2 and "--ouput" in done.stderr
+def test_debug_shows_the_traceback_and_wrong_options_are_told(command_here):
+    assert "Traceback" in command_here("train", "no-such-recipe", "--debug")[2]
+    status, _, said = command_here("train", "sentiment-ppo", "--ouput", "x")
+    assert status == 2 and "--ouput" in said
 
 
-def test_recipes_are_listed_and_printed():
+def test_recipes_are_listed_and_printed(command_here):
     listed = upslope("recipes")
     for name, path in shipped_recipes().items():
         assert name in listed.stdout
-        assert upslope("recipes", name).stdout == path.read_text()
+        assert command_here("recipes", name)[1] == path.read_text()
 
 
-def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path, monkeypatch, capsys):
+def test_a_model_generates_chats_and_is_exported(model_dir, tmp_path, command_here):
     done = upslope("generate", model_dir, "a fine", "--max-tokens", "4", "--samples", "2", "--seed", "1")
     assert done.returncode == 0 and done.stdout.count("a fine") >= 2, done.stderr
-    talk = upslope("chat", model_dir, "--max-tokens", "4", stdin="hi\n\n")
-    assert talk.returncode == 0 and "model:" in talk.stdout
-    assert upslope("export", model_dir, tmp_path / "out").returncode == 0
+    status, talk, _ = command_here("chat", model_dir, "--max-tokens", "4", stdin="hi\n\n")
+    assert status == 0 and "model:" in talk
+    assert command_here("export", model_dir, tmp_path / "out")[0] == 0
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["upslope", "export", str(model_dir), str(tmp_path / "file")])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2 and "file: File exists; choose another" in capsys.readouterr().err
+    status, _, said = command_here("export", model_dir, tmp_path / "file")
+    assert status == 2 and "file: File exists; choose another" in said
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
 
 

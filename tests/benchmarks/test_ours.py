@@ -15,6 +15,7 @@ from benchmarks.record import read_failures, read_lines
 from benchmarks.sizes import SMOKE
 from upslope.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.xdist_group("ours")  # each program runs once
 UNITS = {
     "generate": "tokens/s",
     "generate-ragged": "tokens/s",

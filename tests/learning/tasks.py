@@ -150,7 +150,7 @@ def teacher(task: Task, kind: str) -> Trunk:
     return model.requires_grad_(False)
 
 
-def recipe_of(variant: str, task: Task, seed: int, steps: int, schedule: str):
+def recipe_of(variant: str, task: Task, seed: int, steps: int):
     """A small recipe: 128 episodes a rollout, whatever the algorithm."""
     keys = VARIANTS[variant]
     grouped = keys["algorithm"] in ("rloo", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "raft")
@@ -172,18 +172,16 @@ def recipe_of(variant: str, task: Task, seed: int, steps: int, schedule: str):
     rl = load_recipe(table).rl
     assert rl is not None
     several = rl.epochs * rl.minibatches  # optimizer steps a rollout: the more, the smaller
-    changes = [f"rl.optim.lr={RATE / several}", f"rl.optim.schedule={schedule}", "rl.optim.eps=1e-5"]
+    changes = [f"rl.optim.lr={RATE / several}", "rl.optim.eps=1e-5"]
     if several > 1 and rl.update == "gradient":
         changes.append(f"rl.trust.max_kl={MAX_KL}")
     return load_recipe(table, changes)
 
 
-def learn(
-    variant: str, task: Task, seed: int, steps: int, kind: str = "decoder", schedule: str = "constant"
-) -> Outcome:
+def learn(variant: str, task: Task, seed: int, steps: int, kind: str = "decoder") -> Outcome:
     """One run from random weights."""
     shape = KINDS[kind]
-    recipe = recipe_of(variant, task, seed, steps, schedule)
+    recipe = recipe_of(variant, task, seed, steps)
     rl = recipe.rl
     assert rl is not None
     start = time.perf_counter()

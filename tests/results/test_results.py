@@ -17,6 +17,7 @@ from results.table import Outcome, outcomes, pooled
 from tests.conftest import make_recipe
 from upslope.errors import RecipeError, RunError
 
+pytestmark = pytest.mark.xdist_group("results")  # the plan is run once
 PLAN = """
 [[row]]
 name = "tiny"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import upslope
 from upslope.errors import DataError, ModelError
 
+pytestmark = pytest.mark.xdist_group("encdec run")  # its run is one for all
 NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 RECIPE = """
 name = "mirror"
@@ -88,15 +89,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_command_trains_it_and_uses_it(folder):
+def test_the_command_trains_it_and_uses_it(folder, command_here):
     run = folder / "run"
     assert all((run / stage / "done.json").is_file() for stage in ("sft", "rl", "eval"))
     sft, rl = (load_file(run / stage / "model" / "model.safetensors") for stage in ("sft", "rl"))
     assert any((sft[name] != rl[name]).any() for name in sft)
-    said = command("generate", folder / "run", "one two", "--max-tokens", "4")
-    assert said.returncode == 0 and "one two" in said.stdout, said.stderr
-    out = command("export", folder / "run", folder / "exported")
-    assert out.returncode == 0 and json.loads((folder / "exported" / "config.json").read_text())["model_type"] == "t5"
+    status, said, _ = command_here("generate", folder / "run", "one two", "--max-tokens", "4")
+    assert status == 0 and "one two" in said
+    assert command_here("export", folder / "run", folder / "exported")[0] == 0
+    assert json.loads((folder / "exported" / "config.json").read_text())["model_type"] == "t5"
 
 
 def test_the_prompts_of_episodes_are_sources(folder):

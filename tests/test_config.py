@@ -153,6 +153,7 @@ GROUPED = ["rl.algorithm=grpo"]
         (["rl.clip_high=0"], "rl.clip_high = 0; input should be greater than 0"),
         (["rl.clip_low=1.5"], "clip_low = 1.5 bounds a ratio below 0"),
         (["rl.lam=-0.1"], "rl.lam = -0.1; input should be greater than or equal to 0"),
+        ([*GROUPED, "rl.critic_lr=1e-3"], "critic_lr = 0.001 has no effect with critic = none; remove it"),
         (["rl.algorithm=reinforce", "rl.lam=0.9"], "lam = 0.9 has no effect with credit = to_go; remove it"),
         (["rl.algorithm=reinforce", "rl.epochs=2"], "2 optimizer steps a rollout leave them behind; set epochs = 1"),
         (["rl.algorithm=trpo", "rl.critic=shared"], "the critic's steps would move the policy past its bound"),

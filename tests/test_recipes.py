@@ -62,7 +62,7 @@ ROWS = {
         for w in WORDS
     ],
     "translation": [
-        {"german": f"Das ist Nummer {n} von {w}.", "english": f"This is number {n} of {w}."}
+        {"german": f"Das ist Nummer {n} von {w}.", "english": f"This is number {n} of {w}.", "source": f"{w} {n}"}
         for n in range(12)
         for w in WORDS
     ],

@@ -215,8 +215,9 @@ CORPORA: Mapping[str, tuple[str, str]] = {
     "conversations": ("dialogue", corpora.CHATS),
     "mail": ("mail", f"{labelled.MAIL}/spam-2/00002.json"),
     "newswire": ("newswire", labelled.NEWSWIRE.format(side="test")),
-    "apt packages": ("descriptions", "apt:a_Packages"),
-    "apt descriptions": ("descriptions", "apt:a_Translation-en"),
+    "apt packages": ("descriptions", "apt:en/a_Packages"),
+    "apt descriptions": ("descriptions", "apt:en/a_Translation-en"),
+    "apt translations": ("synopses", "apt:de/a_Translation-de"),
 }
 
 

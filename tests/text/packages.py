@@ -64,6 +64,7 @@ Description-en: shows a file
  and more.
 
 Package: dog-data
+Description-md5: 2
 Description-en: data of a dog
  The dog barks. It
  barks loudly.
@@ -72,6 +73,18 @@ Description-en: data of a dog
 
 Package: bird
 Description-en: sings
+"""
+GERMAN = """Package: dog-data
+Description-md5: 2
+Description-de: Daten eines Hundes
+ Der Hund bellt.
+
+Package: cat
+Description-md5: older
+Description-de: schreibt eine Datei
+
+Package: bird
+Description-de: singt
 """
 MEANINGS = "".join(f"{n:08d} 05 n 01 thing{'abcdef'[n]} 0 000 | definition {n}  \n" for n in range(6))
 FILES: Mapping[str, str | bytes] = {
@@ -111,9 +124,12 @@ FILES: Mapping[str, str | bytes] = {
     f"{labelled.MAIL}/file_list.json": "[]",
     labelled.NEWSWIRE.format(side="train"): f"{HEAD}earn\tfab industries inc net {'shr ' * 60}\n\n",
     labelled.NEWSWIRE.format(side="test"): f"{HEAD}grain\tussr buys\n",
-    "apt:a_Packages": PACKAGE_LIST,
-    "apt:a_Translation-en": TRANSLATIONS,
-    "apt:whole": "",
+    "apt:en/a_Packages": PACKAGE_LIST,
+    "apt:en/a_Translation-en": TRANSLATIONS,
+    "apt:en/whole": "",
+    "apt:de/a_Packages": PACKAGE_LIST,
+    "apt:de/a_Translation-de": GERMAN,
+    "apt:de/whole": "",
 }
 # the same with words of several meanings and enough of these to choose from
 SENSES = {
@@ -130,8 +146,8 @@ SENSES = {
 def kept(source: str) -> Path:
     """Where upslope keeps a file of a package under $XDG_CACHE_HOME: `apt:` ones are apt's lists."""
     if source.startswith("apt:"):
-        name = source.removeprefix("apt:")
-        return cache_folder() / "apt" / "en" / ("" if name == "whole" else "lists") / name
+        language, _, name = source.removeprefix("apt:").partition("/")
+        return cache_folder() / "apt" / language / ("" if name == "whole" else "lists") / name
     kind = source.partition(":")[0]
     match = PACKAGES[kind].fullmatch(source)
     assert match, source

@@ -25,6 +25,15 @@ def test_spelling_puts_one_real_misspelling_into_each_sentence():
         assert row["typo"] in ("teh", "catt", "dgo")
 
 
+def test_misspellings_are_there_without_sentences_too_those_of_one_correction_in_lower_case():
+    assert corpora.corpus("misspellings") == [
+        {"typo": "teh", "word": "the", "family": "the"},
+        {"typo": "hsi", "word": "his", "family": "his"},
+        {"typo": "catt", "word": "cat", "family": "cat"},
+        {"typo": "dgo", "word": "dog", "family": "dog"},
+    ]
+
+
 def test_words_are_those_in_use_the_most_used_first():
     found = [(r["definition"], r["word"], r["words"], r["kind"], r["family"]) for r in corpora.corpus("words")]
     assert found == [

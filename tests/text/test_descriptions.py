@@ -13,12 +13,20 @@ from upslope.text import descriptions
 def test_the_first_paragraph_goes_with_the_synopsis_and_the_source(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     put({name: text for name, text in FILES.items() if name.startswith("apt:")})
-    put({"apt:b_Translation-en": "Package: cat\nDescription-en: another\n Of a later list.\n"})
+    put({"apt:en/b_Translation-en": "Package: cat\nDescription-en: another\n Of a later list.\n"})
     keys = ("description", "synopsis", "package", "source", "section")
     assert [tuple(row[key] for key in keys) for row in descriptions.descriptions()] == [
         ("Cat shows", "shows a file", "cat", "cat", "admin"),
         ("The dog barks. It barks loudly.", "data of a dog", "dog-data", "dog", "games"),
         ("", "sings", "bird", "bird", ""),
+    ]
+
+
+def test_synopses_stand_beside_each_other_where_they_are_of_the_same_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    put({name: text for name, text in FILES.items() if name.startswith("apt:")})
+    assert list(descriptions.synopses()) == [
+        {"german": "Daten eines Hundes", "english": "data of a dog", "package": "dog-data", "source": "dog"}
     ]
 
 

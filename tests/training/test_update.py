@@ -5,6 +5,7 @@ import torch
 
 from tests.conftest import tiny_decoder
 from upslope.config import Optim
+from upslope.models.heads import ActorCritic
 from upslope.text.examples import Example
 from upslope.training.batches import micro_batches
 from upslope.training.supervised import example_logprobs
@@ -86,3 +87,16 @@ def test_c41_adamw_is_torchs_own_by_hand():
     model.weight.grad = torch.tensor([[2.0]])
     optimizer.step()
     assert model.weight.item() == pytest.approx(1.0 * (1 - 0.1 * 0.5) - 0.1, abs=1e-6)  # m / sqrt(v) is 1 at first
+
+
+@pytest.mark.parametrize("kind", ["shared", "detached", "separate"])
+def test_the_critics_own_weights_have_a_rate_of_their_own_on_the_same_schedule(kind):
+    model = ActorCritic(tiny_decoder(), kind, tiny_decoder(3) if kind == "separate" else None)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, Optim(lr=0.01), model.critic_parameters(), 0.04)
+    loss_of = lambda part: (sum((p * (1.0 + p.detach())).sum() for p in model.parameters()), {})
+    optimizer_step(model, optimizer, [0], loss_of, lr=0.005, clip_norm=1e9, should_stop=lambda: False)
+    for name, p in model.named_parameters():  # Adam's first step is the rate, whatever the gradient
+        moved = (p.detach() - before[name]).abs()
+        rate = 0.005 if name.startswith("policy.") else 0.02
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), atol=1e-4, rtol=1e-3)

@@ -154,6 +154,7 @@ def _unused(rl: RL) -> Iterator[str]:
     no_critic = rl.critic == "none"
     for key, idle, because in (
         ("lam", rl.credit != "gae", f"credit = {rl.credit}"),
+        ("critic_lr", no_critic, "critic = none"),
         ("value_weight", no_critic, "critic = none"),
         ("value_loss", no_critic, "critic = none"),
         ("value_clip", no_critic, "critic = none"),

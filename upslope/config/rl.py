@@ -86,6 +86,7 @@ class RL(Table):
     importance_cap: Annotated[float, Field(gt=1)] = 2.0
     # the critic
     critic: Literal["none", "shared", "detached", "separate"] = "shared"
+    critic_lr: Above0 | None = None  # of what the critic has of its own, on optim's schedule; unset: optim.lr
     value_weight: Rate = 0.1
     value_loss: Literal["squared", "huber"] = "squared"
     value_clip: Above0 | None = 0.2

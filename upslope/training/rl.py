@@ -52,7 +52,8 @@ def run_rl(run: Run, rl: RL, actors: Actors, prompts: Sequence[Prompt]) -> dict[
     model = actors.model
     freeze_lowest(model.policy, rl.freeze_layers)
     trained = model if rl.update == "gradient" else model.critic_parameters()
-    state = RunState("rl", model, make_optimizer(trained, rl.optim), companion=actors.frozen.mask)
+    optimizer = make_optimizer(trained, rl.optim, model.critic_parameters(), rl.critic_lr)
+    state = RunState("rl", model, optimizer, companion=actors.frozen.mask)
     controllers, best = Controllers(rl), Best(rl.best_by, rl.patience)
     if state.restore(run):
         controllers.restore(state.extra["controllers"])

@@ -34,13 +34,28 @@ def stop_if(should_stop: Callable[[], bool]) -> None:
         raise StopAsked
 
 
-def make_optimizer(model: nn.Module | Iterable[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW over a model's (or the given) parameters that require gradients; decay on matrices only."""
+def make_optimizer(
+    model: nn.Module | Iterable[nn.Parameter],
+    optim: Optim,
+    critic: Iterable[nn.Parameter] = (),
+    critic_lr: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over a model's (or the given) parameters that require gradients; decay on matrices only.
+
+    critic: which of them are the critic's own. Where critic_lr is given their rate is `critic_lr / optim.lr` times that
+    of a step; each group keeps its factor as `scale`.
+    """
     parameters = model.parameters() if isinstance(model, nn.Module) else model
     trained = [p for p in parameters if p.requires_grad]
+    own = {id(p) for p in critic} if critic_lr else set()
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if (p.ndim >= 2) == matrix and (id(p) in own) == critics],
+            "weight_decay": optim.weight_decay if matrix else 0.0,
+            "scale": critic_lr / optim.lr if critic_lr and critics else 1.0,
+        }
+        for critics in (False, True)
+        for matrix in (True, False)
     ]
     betas = (optim.beta1, optim.beta2)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
@@ -90,7 +105,7 @@ def optimizer_step(
     finite = math.isfinite(metrics["optim/grad_norm"]) and math.isfinite(metrics["loss/total"])
     if finite:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return metrics | {"optim/lr": lr, "optim/skipped": 0.0 if finite else 1.0}

@@ -107,7 +107,7 @@ def reward_without_metric(now: Metrics, before: Sequence[Metrics], rl: RL) -> st
 def critic_misleads(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | None:
     name = "critic/explained_variance"
     if now.get(name, 0.0) < 0 and _for_some_time(before, name, lambda x: x < 0):
-        slow = f"explained variance {now[name]:.2f}; a head that is new may need a higher rl.critic_lr"
+        slow = f"explained variance {now[name]:.2f}; its rate is rl.critic_lr"
         return f"the critic explains less than a constant would: {slow}"
     return None
 

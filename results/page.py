@@ -82,11 +82,24 @@ def remarks(rows: Sequence[Outcome], notes: Notes, language: str) -> list[str]:
         )
         if not said and o.verdict != "better":
             said = WORDS["unexplained"][language]
-        alarms = [(record["seed"], message) for record in o.records for message in record["alarms"]]
-        told = [WORDS["alarm"][language].format(seed=seed, message=_escaped(message)) for seed, message in alarms]
+        told = _alarms(o, language)
         if said or told:
             parts.append(f"{head}: {' '.join([said, *told]).strip()}")
     return parts
+
+
+def _alarms(o: Outcome, language: str) -> list[str]:
+    """Each alarm of the runs once, with the seeds that had it: those that differ in nothing but figures are one."""
+    kinds: dict[str, tuple[str, list[int]]] = {}
+    for record in o.records:
+        for message in record["alarms"]:
+            _, seeds = kinds.setdefault(re.sub(r"[-\d.]+", "0", message), (message, []))
+            seeds.append(record["seed"])
+    sentence = WORDS["alarm"][language]
+    return [
+        sentence.format(times=len(seeds), seeds=", ".join(map(str, sorted(set(seeds)))), message=_escaped(message))
+        for message, seeds in kinds.values()
+    ]
 
 
 def cost_table(rows: Sequence[Outcome], language: str) -> str:

@@ -25,7 +25,10 @@ WORDS: dict[str, dict[str, Any]] = {
         "en": "RL did not beat its start beyond the interval, and nobody has written down why yet.",
         "zh": "RL 没有超出区间地胜过起点，原因还没有人写下来。",
     },
-    "alarm": {"en": "Alarm of seed {seed}: {message}.", "zh": "种子 {seed} 的警报：{message}。"},
+    "alarm": {
+        "en": "Alarms of seed {seeds}: {times}, the first: {message}.",
+        "zh": "种子 {seeds} 的警报 {times} 次，第一次：{message}。",
+    },
     "costs": {"en": "What it took", "zh": "花费"},
     "cost columns": {
         "en": [

@@ -266,8 +266,10 @@ def test_a_row_that_did_not_get_better_is_explained_or_said_to_be_unexplained():
     notes = {"g": {"en": "because", "zh": "因为"}, "g-a": {"en": "of a", "zh": "a 的"}}
     assert page.remarks([even], notes, "zh") == ["**g, a**: a 的"]
     assert page.remarks([even, better], {"g": notes["g"]}, "en") == ["**g, a**: because"] * 2
-    better.records[0]["alarms"] = ["it | fell"]
-    assert page.remarks([better], {}, "en") == ["**g, a**: Alarm of seed 1: it &#124; fell."]
+    better.records[0]["alarms"] = ["it | fell by -0.50", "it | fell by 1.25", "another"]
+    assert page.remarks([better], {}, "en") == [
+        "**g, a**: Alarms of seed 1: 2, the first: it &#124; fell by -0.50. Alarms of seed 1: 1, the first: another."
+    ]
 
 
 def test_smoke_runs_measure_nothing():

@@ -90,3 +90,16 @@ def test_the_scale_shifts_and_divides_and_cannot_be_zero():
 def test_critics_that_cannot_be(critic, trunk):
     with pytest.raises(ModelError, match="cannot be"):
         ActorCritic(tiny_decoder(), critic, tiny_decoder() if trunk else None)
+
+
+def test_a_critic_that_has_learned_nothing_begins_with_the_mean_score_and_one_that_has_keeps_what_it_knows():
+    new = ActorCritic(tiny_decoder(), "shared")
+    new.begin_values(0.75)
+    assert new.evaluate(BATCH, ACTIONS).value_A.tolist() == [0.75, 0.75, 0.75]
+    new.begin_values(2.0)
+    assert new.value_head.bias.item() == 0.75
+    learned = make("detached")
+    before = learned.evaluate(BATCH, ACTIONS).value_A
+    learned.begin_values(2.0)
+    assert torch.equal(learned.evaluate(BATCH, ACTIONS).value_A, before)
+    make("none").begin_values(1.0)

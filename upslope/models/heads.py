@@ -94,6 +94,14 @@ class ActorCritic(nn.Module):
         """What the critic has of its own."""
         return [p for name, p in self.named_parameters() if not name.startswith("policy.")]
 
+    @torch.no_grad()
+    def begin_values(self, mean: float) -> None:
+        """Let a critic that has learned nothing yet expect the mean score everywhere, so that it need not first climb
+        there through weights that tell one state from another."""
+        head = self.value_head
+        if head is not None and not bool(head.weight.any()) and not bool(head.bias.any()):
+            head.bias.fill_(mean)
+
     def evaluate(
         self, batch: Ragged, action_A: Tensor, *, temperature: float = 1.0, cut: Cut | None = None
     ) -> TokenScores:

@@ -97,6 +97,8 @@ def next_rollout(
     learned = [e for e in episodes if e.total is not None and e.used]
     controllers.saw_scores([e.total for e in episodes if e.total is not None])
     controllers.used = used
+    if number == 0 and learned:
+        actors.model.begin_values(sum(e.total or 0.0 for e in learned) / len(learned) / controllers.score_scale(rl))
     batch, found = prepare(
         learned,
         actors.model,

@@ -196,7 +196,7 @@ def test_a_healthy_run_gives_no_alarm_and_equal_rewards_give_one_that_does_not_r
     assert alarms_of(train(dict(recipe), rows, tmp_path / "equal", reward=same_for_all))["rewards_equal"] == 1
     events = read_events(tmp_path / "equal" / "events.jsonl")
     assert len([e for e in events if e["kind"] == "alarm" and e["name"] == "rewards_equal"]) == 1
-    assert metric_of(tmp_path / "equal", "loss/value")[0] < 1e-9  # a new critic expects the first rollout's mean, here all
+    assert metric_of(tmp_path / "equal", "loss/value")[0] < 1e-9  # a new critic expects the mean score
 
 
 def test_no_completion_that_ends_is_told_after_some_rollouts(recipe, rows, tmp_path):

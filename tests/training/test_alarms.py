@@ -263,7 +263,7 @@ def paid_by_files(recipe, folder, rewards):
 
 def test_a_policy_that_says_one_thing_only_is_told(recipe, rows, tmp_path):
     paid_by_files(recipe, tmp_path, {"vowels": 1.0})
-    folder = train(recipe, rows, tmp_path / "run", "rl.optim.lr=0.05", "rl.steps=12", reward=None)
+    folder = train(recipe, rows, tmp_path / "run", "rl.optim.lr=0.05", "rl.steps=20", reward=None)
     entropy = metric_of(folder, "policy/entropy")
     first = next(i for i, value in enumerate(entropy, 1) if i > FIRST and value < 0.1 * np.mean(entropy[:FIRST]))
     assert alarms_of(folder)["entropy_collapsed"] == first

@@ -30,6 +30,20 @@ def test_the_report_stands_alone_and_model_text_is_no_markup(run):
     assert data["samples"][0]["samples"][0]["prompt"] == HOSTILE
 
 
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ({"kind": "lstm", "layers": 2, "width": 64, "vocab": 300}, "a new lstm, 2 layers of width 64"),
+        ("pypi:a==1/model", "pypi:a==1/model"),
+    ],
+)
+def test_a_model_from_nothing_is_named_by_its_kind_and_size(tmp_path, model, named):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("run", recipe={"name": "a", "model": model}, versions={}, machine={})
+    log.close()
+    assert json.dumps(named) in write_report(tmp_path).read_text()
+
+
 def test_curves_are_collected_by_stage_and_metric():
     events = [{"kind": "step", "stage": "rl", "step": s, "metrics": {"a": s * 1.0}} for s in (1, 2)]
     assert collect(events)["stages"]["rl"]["curves"] == {"a": [[1, 1.0], [2, 2.0]]}

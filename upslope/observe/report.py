@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def write_report(run: Path) -> Path:
         )
     data = collect(read_events(run / "events.jsonl"))
     data["made"] = time.strftime("%Y-%m-%d %H:%M")
+    data["model"] = _model_named(data["run"].get("recipe", {}).get("model"))
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     name = str(data["run"].get("recipe", {}).get("name", run.name))
     html = PAGE.format(
@@ -57,6 +59,13 @@ def write_report(run: Path) -> Path:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}", "free space or mend its permissions") from None
     return path
+
+
+def _model_named(model: Any) -> str:
+    """Where the model came from: its source, or of a new one kind and size."""
+    if isinstance(model, Mapping):
+        return f"a new {model.get('kind')}, {model.get('layers')} layers of width {model.get('width')}"
+    return str(model or "")
 
 
 def collect(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ function minutes(seconds) {
 function header() {
   const run = data.run, recipe = run.recipe || {}, machine = run.machine || {}, versions = run.versions || {};
   make("h1", "", recipe.name || "run");
-  const facts = [recipe.model, machine.processor, machine.dtype && "products in " + machine.dtype,
+  const facts = [data.model, machine.processor, machine.dtype && "products in " + machine.dtype,
     versions.upslope && "upslope " + versions.upslope, versions.torch && "torch " + versions.torch, data.made];
   make("p", "soft", facts.filter(Boolean).join("  ·  "));
   const spent = Object.entries(data.stages).filter(([, s]) => s.seconds)

@@ -29,7 +29,7 @@ def descriptions() -> Iterator[dict[str, Any]]:
             "description": first_paragraph(fields.get("Description-en", "").partition("\n")[2]),
             "synopsis": _synopsis(fields, "en"),
             "package": name,
-            "source": (known.get("Source") or name).partition(" ")[0],
+            "source": _source(name, known),
             "section": known.get("Section", "").rpartition("/")[2],
         }
 
@@ -40,7 +40,7 @@ def synopses() -> Iterator[dict[str, Any]]:
     The two are one text's where they bear the same checksum of the English description.
     """
     packages, translations = apt_index("de")
-    sources = {fields["Package"]: fields.get("Source") or fields["Package"] for fields in _stanzas(packages)}
+    about = {fields["Package"]: fields for fields in _stanzas(packages)}
     english = {fields[CHECKSUM]: fields for fields in _stanzas(apt_index("en")[1]) if CHECKSUM in fields}
     for fields in _stanzas(translations):
         if same := english.get(fields.get(CHECKSUM, "")):
@@ -49,7 +49,7 @@ def synopses() -> Iterator[dict[str, Any]]:
                 "german": _synopsis(fields, "de"),
                 "english": _synopsis(same, "en"),
                 "package": name,
-                "source": sources.get(name, name).partition(" ")[0],
+                "source": _source(name, about.get(name, {})),
             }
 
 
@@ -63,6 +63,11 @@ def first_paragraph(body: str) -> str:
             continue
         lines.append(line.strip())
     return " ".join(" ".join(lines).split())
+
+
+def _source(package: str, known: dict[str, str]) -> str:
+    """The source package, from what the list of packages says of this one; a version may stand behind its name."""
+    return (known.get("Source") or package).partition(" ")[0]
 
 
 def _synopsis(fields: dict[str, str], language: str) -> str:

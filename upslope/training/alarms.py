@@ -107,8 +107,8 @@ def reward_without_metric(now: Metrics, before: Sequence[Metrics], rl: RL) -> st
 def critic_misleads(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | None:
     name = "critic/explained_variance"
     if now.get(name, 0.0) < 0 and _for_some_time(before, name, lambda x: x < 0):
-        slow = f"explained variance {now[name]:.2f}; its rate is rl.critic_lr"
-        return f"the critic explains less than a constant would: {slow}"
+        found = f"explained variance {now[name]:.2f}"
+        return f"the critic explains less than a constant would: {found}; its rate is rl.critic_lr"
     return None
 
 

@@ -97,8 +97,10 @@ def next_rollout(
     learned = [e for e in episodes if e.total is not None and e.used]
     controllers.saw_scores([e.total for e in episodes if e.total is not None])
     controllers.used = used
+    score_scale = controllers.score_scale(rl)
     if number == 0 and learned:
-        actors.model.begin_values(sum(e.total or 0.0 for e in learned) / len(learned) / controllers.score_scale(rl))
+        scores = [e.total for e in learned if e.total is not None]
+        actors.model.begin_values(sum(scores) / len(scores) / score_scale)
     batch, found = prepare(
         learned,
         actors.model,
@@ -106,7 +108,7 @@ def next_rollout(
         rl,
         controllers.kl.coefficient,
         running=controllers.returns or 0.0,
-        score_scale=controllers.score_scale(rl),
+        score_scale=score_scale,
         should_stop=run.should_stop,
     )
     controllers.saw_return(found.mean)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from results.plan import LANGUAGES, Group
-from results.table import Figure, Outcome, Record, outcomes
+from results.table import Outcome, Record, outcomes
 from results.words import WORDS
 from upslope.errors import RunError
+from upslope.evaluate import Estimate
 
 FOLDER = Path(__file__).parent
 PAGES = FOLDER.parent / "docs"
@@ -56,7 +57,7 @@ def outcome_table(rows: Sequence[Outcome], language: str) -> str:
     lines = []
     for o in rows:
         change = o.figure("change")
-        told = change.text(signed=True) if change else "-"
+        told = change.text(3, signed=True) if change else "-"
         lines.append(
             [
                 o.group.title[language],
@@ -73,18 +74,18 @@ def outcome_table(rows: Sequence[Outcome], language: str) -> str:
 
 
 def remarks(rows: Sequence[Outcome], notes: Notes, language: str) -> list[str]:
-    """The notes on each row, that one is missing where RL did not get better, and the alarms of its runs."""
+    """The notes on a row and on single algorithms, that one is missing where RL got no better, and the runs' alarms."""
     parts = []
-    for o in rows:
-        head = f"**{_named(o, language)}**"
-        said = next(
-            (notes[key][language].strip() for key in (f"{o.group.name}-{o.arm.name}", o.group.name) if key in notes), ""
-        )
-        if not said and o.verdict != "better":
-            said = WORDS["unexplained"][language]
-        told = _alarms(o, language)
-        if said or told:
-            parts.append(f"{head}: {' '.join([said, *told]).strip()}")
+    for name in dict.fromkeys(o.group.name for o in rows):
+        arms = [o for o in rows if o.group.name == name]
+        if name in notes:
+            parts.append(f"**{_titled(arms[0].group, language)}**: {notes[name][language].strip()}")
+        for o in arms:
+            said = [notes[key][language].strip()] if (key := f"{name}-{o.arm.name}") in notes else []
+            if not said and name not in notes and o.verdict != "better":
+                said = [WORDS["unexplained"][language]]
+            if told := [*said, *_alarms(o, language)]:
+                parts.append(f"**{_named(o, language)}**: {' '.join(told)}")
     return parts
 
 
@@ -151,7 +152,7 @@ def study(arms: Sequence[Outcome], notes: Notes, language: str) -> list[str]:
         change = o.figure("change")
         told = [_shown(o.figure(label)) for label in ("before", "after", "expert")]
         measured = [_measured(o.measure(name)) for name in group.columns]
-        cells = [o.arm.title[language], f"{len(o.records)}", *told, change.text(signed=True) if change else "-"]
+        cells = [o.arm.title[language], f"{len(o.records)}", *told, change.text(3, signed=True) if change else "-"]
         lines.append([*cells, *measured, *costs(o)])
     columns = WORDS["study columns"][language]
     heads = [*columns, *(f"`{name}`" for name in group.columns), *WORDS["cost columns"][language][2:]]
@@ -179,8 +180,12 @@ def waiting(found: Sequence[Outcome], language: str) -> str:
     return f"## {WORDS['waiting'][language]}\n\n{said}"
 
 
+def _titled(group: Group, language: str) -> str:
+    return ", ".join(part for part in (group.title[language], group.model[language]) if part)
+
+
 def _named(o: Outcome, language: str) -> str:
-    return ", ".join(part for part in (o.group.title[language], o.group.model[language], o.arm.title[language]) if part)
+    return ", ".join(part for part in (_titled(o.group, language), o.arm.title[language]) if part)
 
 
 def commands(found: Sequence[Outcome], language: str) -> str:
@@ -195,11 +200,11 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _shown(figure: Figure | None) -> str:
-    return figure.text() if figure else "-"
+def _shown(figure: Estimate | None) -> str:
+    return figure.text(3) if figure else "-"
 
 
-def _measured(figure: Figure | None) -> str:
+def _measured(figure: Estimate | None) -> str:
     """A mean over seeds; with several, the range over them."""
     if figure is None:
         return "-"

@@ -11,6 +11,7 @@ from typing import Any
 from results.plan import Arm, Group
 from results.record import stands_for, total
 from upslope.config.metrics import falls
+from upslope.evaluate import Estimate
 from upslope.observe.runs import KINDS
 
 Z_975 = 1.959964
@@ -18,20 +19,7 @@ PRICES = ("KL to the start, nats", "distinct-2", "mean length, tokens")
 Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A value with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def text(self, digits: int = 3, *, signed: bool = False) -> str:
-        sign = "+" if signed else ""
-        return f"{self.value:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
-
-
-def pooled(intervals: Sequence[Sequence[float]]) -> Figure:
+def pooled(intervals: Sequence[Sequence[float]]) -> Estimate:
     """The mean over seeds of a value, with its interval over prompts and seeds.
 
         mean +- 1.96 sqrt((s^2 + w) / n)
@@ -42,10 +30,10 @@ def pooled(intervals: Sequence[Sequence[float]]) -> Figure:
     """
     values = [value for value, _, _ in intervals]
     if len(values) == 1:
-        return Figure(*intervals[0])
+        return Estimate(*intervals[0])
     within = fmean(((high - low) / (2 * Z_975)) ** 2 for _, low, high in intervals)
     half = Z_975 * math.sqrt((variance(values) + within) / len(values))
-    return Figure(fmean(values), fmean(values) - half, fmean(values) + half)
+    return Estimate(fmean(values), fmean(values) - half, fmean(values) + half)
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class Outcome:
     records: tuple[Record, ...]
     waiting: int  # runs of the plan without a record
 
-    def figure(self, label: str, metric: str | None = None) -> Figure | None:
+    def figure(self, label: str, metric: str | None = None) -> Estimate | None:
         """A metric (the group's unless named) in a column of the closing tables: before, after, change and so on.
 
         None where a run does not have it.
@@ -94,10 +82,10 @@ class Outcome:
         costs = [total(record, key, rl=rl) for record in self.records]
         return max(costs) if key == "peak_gb" else fmean(costs)
 
-    def measure(self, name: str) -> Figure | None:
+    def measure(self, name: str) -> Estimate | None:
         """A measure of the training, mean over seeds; its interval is the range over them."""
         found = [record["measures"][name] for record in self.records if name in record["measures"]]
-        return Figure(fmean(found), min(found), max(found)) if found else None
+        return Estimate(fmean(found), min(found), max(found)) if found else None
 
 
 def outcomes(groups: Sequence[Group], records: Mapping[str, Record]) -> list[Outcome]:

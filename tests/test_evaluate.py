@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from upslope.evaluate import Outcome, estimates, interval, table_rows, without_score
+from upslope.evaluate import Estimate, Outcome, estimates, interval, table_rows, without_score
 
 
 def outcome(scores, nll=None, tokens=None):
@@ -55,3 +55,10 @@ def test_c54_both_means_and_the_change_are_over_prompts_that_failed_in_neither()
     assert without_score(both) == "; failed, and in no mean: 2 of judge: x"
     assert without_score([outcome([1.0] * 4)] * 2) == ""
     assert math.isnan(both[0].scores["judge: x"][3]) and both[0].scores["judge: x"][1] == 100.0  # nothing is changed
+
+
+def test_an_end_that_is_not_nothing_is_not_shown_as_nothing():
+    assert Estimate(-0.0081, -0.0145, -0.0021).text(2) == "-0.008 [-0.015, -0.002]"
+    assert Estimate(0.02, 0.0, 0.05).text(2, signed=True) == "+0.02 [+0.00, +0.05]"  # this end is 0
+    assert Estimate(1e-9, -1e-8, 1e-8).text(2) == "0.00000 [-0.00000, 0.00000]"
+    assert Estimate(math.nan, math.nan, math.nan).text(2) == "-"

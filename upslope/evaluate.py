@@ -25,10 +25,14 @@ class Estimate:
     low: float
     high: float
 
-    def text(self, digits: int) -> str:
+    def text(self, digits: int, *, signed: bool = False) -> str:
+        """value [low, high] with so many decimals, and up to three more where an end beside 0 would be shown as 0."""
         if np.isnan(self.value):
             return "-"
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        ends = [end for end in (self.low, self.high) if end != 0]
+        digits = next((d for d in range(digits, digits + 3) if all(round(end, d) for end in ends)), digits + 3)
+        value, low, high = (f"{x:{'+' if signed else ''}.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
 
 @dataclass(frozen=True)

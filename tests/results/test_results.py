@@ -162,13 +162,13 @@ def test_the_pages_say_what_the_records_say(place):
     for text in pages:
         assert text.startswith("# Page") and text.endswith("the end\n") and "old" not in text
         for label in ("before", "after"):
-            assert pooled([table[label] for table in both]).text() in text
-        assert pooled([table["change"] for table in both]).text(signed=True) in text
+            assert pooled([table[label] for table in both]).text(3) in text
+        assert pooled([table["change"] for table in both]).text(3, signed=True) in text
         for record in records.values():
             assert record["command"] in text
         assert f"{sum(cost['tflop'] for cost in records['tiny-ppo-1']['stages'].values()):.1f}" in text
         study = text.split("## turns")[1]
-        assert f"| as in the row | 2 | {pooled([table['before'] for table in both]).text()} |" in study
+        assert f"| as in the row | 2 | {pooled([table['before'] for table in both]).text(3)} |" in study
     assert "a tiny one" in pages[0] and "很小的" in pages[1]
 
 
@@ -264,8 +264,8 @@ def test_a_row_that_did_not_get_better_is_explained_or_said_to_be_unexplained():
     assert page.remarks([even], {}, "en") == [f"**g, a**: {unexplained}"]
     assert page.remarks([better], {}, "en") == []
     notes = {"g": {"en": "because", "zh": "因为"}, "g-a": {"en": "of a", "zh": "a 的"}}
-    assert page.remarks([even], notes, "zh") == ["**g, a**: a 的"]
-    assert page.remarks([even, better], {"g": notes["g"]}, "en") == ["**g, a**: because"] * 2
+    assert page.remarks([even], notes, "zh") == ["**g**: 因为", "**g, a**: a 的"]
+    assert page.remarks([even, better], {"g": notes["g"]}, "en") == ["**g**: because"]  # once for all its algorithms
     better.records[0]["alarms"] = ["it | fell by -0.50", "it | fell by 1.25", "another"]
     assert page.remarks([better], {}, "en") == [
         "**g, a**: Alarms of seed 1: 2, the first: it &#124; fell by -0.50. Alarms of seed 1: 1, the first: another."

@@ -63,7 +63,7 @@ def test_a_healthy_rollout_gives_no_alarm():
             "critic_misleads",
             {"critic/explained_variance": -0.2},
             [{"critic/explained_variance": -0.1}] * (WINDOW - 1),
-            "explained variance -0.20",
+            "explained variance -0.12, mean of 5 rollouts",
         ),
     ],
 )
@@ -80,6 +80,7 @@ def test_what_each_alarm_says_and_when(name, changes, before, message):
         ({"length/truncated": 1.0}, [{"length/truncated": 1.0}] * 3 + [{"length/truncated": 0.9}]),
         ({"length/truncated": 1.0}, []),
         ({"critic/explained_variance": -0.2}, [{"critic/explained_variance": -0.1}] * 3 + [{}]),
+        ({"critic/explained_variance": -0.01}, [{"critic/explained_variance": -0.02}] * (WINDOW - 1)),  # about nothing
     ],
 )
 def test_what_lasts_too_short_or_is_too_little_gives_none(changes, before):

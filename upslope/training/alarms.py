@@ -36,6 +36,7 @@ FAILED = 0.05  # share of rewards
 FIRST = 3  # rollouts that "the first" are
 LAST = 20  # rollouts that trends are read from
 WINDOW = 5  # rollouts that "for some time" is
+MISLED = -0.02  # explained variance, their mean: a critic that says nothing stays about 0
 SURE = 3.0  # slope over its standard error, for a trend
 
 
@@ -106,8 +107,9 @@ def reward_without_metric(now: Metrics, before: Sequence[Metrics], rl: RL) -> st
 
 def critic_misleads(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | None:
     name = "critic/explained_variance"
-    if now.get(name, 0.0) < 0 and _for_some_time(before, name, lambda x: x < 0):
-        found = f"explained variance {now[name]:.2f}"
+    recent = [m[name] for m in [*before[-WINDOW + 1 :], now] if name in m]
+    if len(recent) == WINDOW and max(recent) < 0 and (mean := float(np.mean(recent))) < MISLED:
+        found = f"explained variance {mean:.2f}, mean of {WINDOW} rollouts"
         return f"the critic explains less than a constant would: {found}; its rate is rl.critic_lr"
     return None
 

@@ -28,8 +28,11 @@ def stands_for(record: Mapping[str, Any] | None, job: Job) -> bool:
     return record is not None and record["digest"] == job.digest()
 
 
-def record_of(job: Job, folder: Path, size: str, shared: str) -> dict[str, Any]:
-    """Everything that the page says of a run. shared: which stages were taken from another run, and from which."""
+def record_of(job: Job, folder: Path, size: str, shared: str, commit: str) -> dict[str, Any]:
+    """Everything that the page says of a run.
+
+    shared: which stages were taken from another run, and from which; commit: the one that began it.
+    """
     run, events = read_run(folder), read_events(folder / "events.jsonl")
     closing = json.loads((folder / "eval" / "done.json").read_text(encoding="utf-8"))
     facts = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
@@ -45,7 +48,7 @@ def record_of(job: Job, folder: Path, size: str, shared: str) -> dict[str, Any]:
         "digest": job.digest(),
         "command": job.command,
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": commit,
         "changed_files": git("status", "--porcelain", "--", "upslope", "results", *OUTPUT).splitlines(),
         "machine": machine(facts["device"]) | {key: facts[key] for key in ("device", "dtype", "threads")},
         "shared": shared,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.runner import git
 from results.plan import Job
 from results.record import read_records, record_of, stands_for, write_record
 from upslope.config import load_recipe
@@ -16,6 +17,7 @@ from upslope.training.share import begin_from
 from upslope.training.sweep import finished
 
 FROM = "shared.txt"  # beside a run's logs: from where its first stages come
+COMMIT = "commit.txt"  # and the commit that began it
 
 
 @dataclass
@@ -51,17 +53,25 @@ class Session:
         try:
             table = load_recipe(job.recipe, [*job.overrides, *self.begun(job)]).model_dump(mode="json")
             if not finished(folder, table):
+                if folder.exists() and not same_code(folder):
+                    raise RunError(
+                        f"{job.name} was begun with the code of {commit_of(folder)[:7] or 'no known commit'}, not today's",
+                        f"delete {folder} to run it anew, or check that commit out to finish it",
+                    )
                 self.out.mkdir(parents=True, exist_ok=True)
-                others = [path.parent for path in sorted(self.out.glob("*/recipe.json")) if path.parent != folder]
+                others = [path.parent for path in sorted(self.out.glob("*/recipe.json")) if same_code(path.parent)]
+                others = [other for other in others if other != folder]
                 if shared := begin_from(others, folder, table):
                     (folder / FROM).write_text(shared, encoding="utf-8")
                     print(shared, flush=True)
+                folder.mkdir(exist_ok=True)
+                (folder / COMMIT).write_text(commit_of(folder) or git("rev-parse", "HEAD"), encoding="utf-8")
                 if reason := self.process.run(table, folder):
                     return reason
         except RunError as error:
             return str(error)
         shared = (folder / FROM).read_text(encoding="utf-8") if (folder / FROM).is_file() else ""
-        path = write_record(record_of(job, folder, self.size, shared), self.records)
+        path = write_record(record_of(job, folder, self.size, shared, commit_of(folder)), self.records)
         print(f"recorded: {path}", flush=True)
         return ""
 
@@ -77,3 +87,14 @@ class Session:
         if not model.is_dir():
             raise RunError(f"{job.before} is not finished", "run it to its end first")
         return [f"model={model.resolve()}"]
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that began a run."""
+    return (folder / COMMIT).read_text(encoding="utf-8") if (folder / COMMIT).is_file() else ""
+
+
+def same_code(folder: Path) -> bool:
+    """Whether the package was then what it is now."""
+    then, now = (git("rev-parse", "--verify", "-q", f"{at}:upslope") for at in (commit_of(folder), "HEAD"))
+    return then == now

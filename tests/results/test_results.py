@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from benchmarks.runner import git
 from results import page
 from results.__main__ import main
 from results.plan import Arm, Group, Job, chosen, read_plan
@@ -92,6 +93,7 @@ def test_every_run_of_the_plan_is_recorded_with_what_it_took(place):
     assert sorted(records) == names
     for record in records.values():
         assert record["prompts"] == 8 and record["command"].startswith("upslope train tiny.toml")
+        assert record["commit"] == git("rev-parse", "HEAD")
         assert list(record["table"]["task: length_words"]) == ["before", "after", "change"]
         for cost in record["stages"].values():
             assert cost["tflop"] >= 0 and cost["tokens_read"] > 0 and cost["seconds"] > 0 and cost["peak_gb"] > 0
@@ -189,6 +191,17 @@ def test_it_is_stopped_by_ctrl_c_and_carries_on(tmp_path, model_dir, rows):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(read_records(place / "records")) == ["tiny-ppo-1"]
+
+
+def test_a_run_that_other_code_began_is_not_carried_on(tmp_path, monkeypatch, capsys, model_dir, rows):
+    place = make_place(tmp_path / "place", model_dir, rows)
+    begun = place / "runs" / "tiny-ppo-1"
+    begun.mkdir(parents=True)
+    (begun / "commit.txt").write_text("0123456" + 33 * "0")
+    assert call(monkeypatch, place, "tiny-ppo-1") == 1
+    said = capsys.readouterr().err
+    assert "tiny-ppo-1 was begun with the code of 0123456, not today's" in said and f"delete {begun}" in said
+    assert not (place / "records").exists()
 
 
 def test_a_run_that_fails_is_told_and_stops_no_other(place, tmp_path, monkeypatch, capsys, model_dir, rows):

@@ -54,10 +54,9 @@ class Session:
             table = load_recipe(job.recipe, [*job.overrides, *self.begun(job)]).model_dump(mode="json")
             if not finished(folder, table):
                 if folder.exists() and not same_code(folder):
-                    raise RunError(
-                        f"{job.name} was begun with the code of {commit_of(folder)[:7] or 'no known commit'}, not today's",
-                        f"delete {folder} to run it anew, or check that commit out to finish it",
-                    )
+                    then = commit_of(folder)[:7] or "no known commit"
+                    remedy = f"delete {folder} to run it anew, or check that commit out to finish it"
+                    raise RunError(f"{job.name} was begun with the code of {then}, not today's", remedy)
                 self.out.mkdir(parents=True, exist_ok=True)
                 others = [path.parent for path in sorted(self.out.glob("*/recipe.json")) if same_code(path.parent)]
                 others = [other for other in others if other != folder]

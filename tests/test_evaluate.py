@@ -60,5 +60,5 @@ def test_c54_both_means_and_the_change_are_over_prompts_that_failed_in_neither()
 def test_an_end_that_is_not_nothing_is_not_shown_as_nothing():
     assert Estimate(-0.0081, -0.0145, -0.0021).text(2) == "-0.008 [-0.015, -0.002]"
     assert Estimate(0.02, 0.0, 0.05).text(2, signed=True) == "+0.02 [+0.00, +0.05]"  # this end is 0
-    assert Estimate(1e-9, -1e-8, 1e-8).text(2) == "0.00000 [-0.00000, 0.00000]"
+    assert Estimate(-1e-9, -1e-8, 1e-8).text(2) == "0.000 [0.000, 0.000]"  # as good as nothing, and without a sign
     assert Estimate(math.nan, math.nan, math.nan).text(2) == "-"

@@ -9,6 +9,7 @@ from tests.conftest import make_rows
 from upslope.config import load_recipe, shipped_recipes
 from upslope.config.recipe import source_name
 from upslope.observe.events import read_events
+from upslope.training.preview import preview
 
 WORDS = ("cat", "dog", "sun", "moon", "tree", "star", "fish", "bird", "house", "river")
 SNIPPETS = [{**row, "movie_name": row["film"], "category": row["label"]} for row in make_rows()]
@@ -107,20 +108,34 @@ def test_each_recipe_has_rows_to_be_tried_with():
     assert set(shipped_recipes()) == set(ROWS)
 
 
+def tiny(name, recipe):
+    """What makes a recipe's model a tiny one and its rows those above."""
+    chooses = bool(recipe.data.classes or recipe.data.passages)
+    kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
+    over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
+    if chooses and recipe.data.keep.get("topic"):
+        over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
+    return [*over, f"rl.max_tokens={1 if chooses else 8}"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_says_what_becomes_of_its_data(name, capsys):
+    recipe = load_recipe(name)
+    preview(load_recipe(name, tiny(name, recipe)), rows=ROWS[name], plain=True, examples=1)
+    said = capsys.readouterr().out
+    assert all(f"{stage}: train " in said for stage in recipe.stages)
+    assert ("[[" in said) == bool({"pretrain", "sft"} & set(recipe.stages))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_dir):
     recipe = load_recipe(name)
     if "verifier" in recipe.task.metrics:
         pytest.importorskip("reasoning_gym")
-    chooses = bool(recipe.data.classes or recipe.data.passages)
-    kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
-    over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
-    over += [f"rl.max_tokens={1 if chooses else 8}"]
+    over = tiny(name, recipe)
     for stage in recipe.stages:
         over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
         over += [f"{stage}.freeze_layers=0"]
-    if chooses and recipe.data.keep.get("topic"):
-        over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
     if any(source.startswith("likelihood:") for source in recipe.rl.rewards):  # a judge that needs no network

@@ -26,12 +26,11 @@ class Estimate:
     high: float
 
     def text(self, digits: int, *, signed: bool = False) -> str:
-        """value [low, high] with so many decimals, and up to three more where an end beside 0 would be shown as 0."""
+        """value [low, high] with so many decimals, and one more where an end beside 0 would be shown as 0."""
         if np.isnan(self.value):
             return "-"
-        ends = [end for end in (self.low, self.high) if end != 0]
-        digits = next((d for d in range(digits, digits + 3) if all(round(end, d) for end in ends)), digits + 3)
-        value, low, high = (f"{x:{'+' if signed else ''}.{digits}f}" for x in (self.value, self.low, self.high))
+        digits += any(end != 0 and round(end, digits) == 0 for end in (self.low, self.high))
+        value, low, high = (f"{x:{'+' if signed else ''}z.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 

@@ -26,7 +26,7 @@ def test_cleaning_says_what_was_dropped_and_why():
 
 
 def test_all_filtered_names_the_chief_reason():
-    with pytest.raises(DataError, match=r"no rows left of 2: of another kind \(2 of 2\)"):
+    with pytest.raises(DataError, match=r"no rows left of 2: of another kind \(2 of 2; row 0"):
         cleaning.clean(table(text=["a", "b"], kind=["x", "x"]), text="text", keep={"kind": ["y"]})
 
 
@@ -130,7 +130,7 @@ def test_malformed_conversations_and_prompts_are_dropped_with_a_count(tokenizer)
         assert len(made) == 1 and sum(account.dropped.values()) == 2
         with pytest.raises(DataError, match="left of 1"):
             make(table(m=[[{"from": "user", "value": "hi"}]]), tokenizer, messages="m", max_tokens=500)
-    with pytest.raises(DataError, match=r"no prompts left of 2: that are no text \(2 of 2\)"):
+    with pytest.raises(DataError, match=r"no prompts left of 2: that are no text \(2 of 2; row 0"):
         prepare.prompts(table(p=[1, 2]), tokenizer, prompt="p", max_tokens=9)
 
 
@@ -217,7 +217,7 @@ def test_prompts_are_first_words_and_draw_their_number_by_the_text_alone(tokeniz
 
 
 def test_c7_prompts_too_long_are_dropped_with_a_count(tokenizer):
-    with pytest.raises(DataError, match=r"no prompts left of 1: longer than 2 tokens \(1 of 1\)"):
+    with pytest.raises(DataError, match=r"no prompts left of 1: longer than 2 tokens \(1 of 1; row 0"):
         prepare.prompts(table(p=["a very long prompt"]), tokenizer, prompt="p", max_tokens=2)
 
 

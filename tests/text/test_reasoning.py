@@ -16,7 +16,11 @@ def make_library():
         if name != "sums":
             raise ValueError(f"Dataset '{name}' not registered")
         most = options.get("most", 9)
-        return [{"question": f"{n} + {seed}?", "answer": n + seed, "metadata": {"most": most}} for n in range(size)]
+        told = options.get("told", True)  # some generators only judge
+        return [
+            {"question": f"{n} + {seed}?", "answer": n + seed if told else None, "metadata": {"most": most}}
+            for n in range(size)
+        ]
 
     def get_score_answer_fn(name):
         return lambda answer, entry: float(answer == str(entry["answer"]))
@@ -36,6 +40,7 @@ def test_a_source_names_the_generator_its_size_its_seed_and_its_settings(stand_i
     assert [r["question"] for r in rows] == ["0 + 2?", "1 + 2?", "2 + 2?"] and rows[1]["answer"] == "3"
     assert json.loads(rows[0]["entry"])["metadata"] == {"most": 50} and rows[0]["dataset"] == "sums"
     assert len(reasoning.puzzles("sums")) == reasoning.SIZE
+    assert [r["answer"] for r in reasoning.puzzles("sums?size=2&told=false")] == [None, None]
     with pytest.raises(DataError, match="reasoning-gym makes no 'summs': Dataset 'summs' not registered"):
         reasoning.puzzles("summs")
 

@@ -8,11 +8,14 @@ from safetensors.torch import load_file
 
 import upslope
 from tests.training.test_pipeline import outcome, same, stop_at_ask
-from upslope.config import Scratch
+from upslope.config import Scratch, load_recipe
 from upslope.errors import DataError, Interrupted, ModelError, RecipeError
 from upslope.models.encoder import Encoder
 from upslope.models.open import new_model
+from upslope.observe.events import read_events
 from upslope.text.examples import Example
+from upslope.training.data import load_splits
+from upslope.training.rehearse import Unrecorded
 from upslope.training.supervised import choices
 
 SHAPE = {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 48, "vocab": 280}
@@ -113,15 +116,20 @@ def test_accuracy_and_macro_f1_by_hand():
     assert found["valid/macro_f1"] == pytest.approx((0 + 2 * 2 / (2 * 2 + 2) + 0) / 3)  # "never" has no part
 
 
-def test_a_label_that_the_training_side_lacks_is_named_by_its_row(tmp_path):
-    rows = [row | {"side": i} for i, row in enumerate(labelled_rows())]
-    with pytest.raises(
-        DataError, match=r"row (\d+), of the (valid|test) side, has the label 'odd \1', which the training"
-    ):
-        upslope.train(
-            recipe(), rows=[r | {"label": f"odd {i}"} if i > 20 else r for i, r in enumerate(rows)],
-            out=tmp_path / "run", plain=True,
-        )  # fmt: skip
+def test_rows_of_a_label_that_the_training_side_lacks_are_dropped_and_counted(tmp_path):
+    rows = labelled_rows()
+    splits = load_splits(Unrecorded(made := load_recipe(recipe())), made.data, made.seed, rows)
+    odd = {"valid": splits["valid"][3]["row_number"], "test": splits["test"][2]["row_number"]}
+    for side, row in odd.items():
+        rows[row]["label"] = f"odd of {side}"
+    run = upslope.train(recipe(sft={"steps": 1}, rl=None), rows=rows, out=tmp_path / "run", plain=True)
+    told = [e["text"] for e in read_events(run / "events.jsonl") if e["kind"] == "account"]
+    for side, row in odd.items():
+        reason = f"1 of label 'odd of {side}', which the training side lacks (first: row {row})"
+        assert any(line.startswith(f"{side} rows: ") and reason in line for line in told), told
+    with pytest.raises(DataError, match=r"row \d+ has \['good', 'bad'\] in column 'label', and a class is one label"):
+        rows = [row | {"label": ["good", "bad"]} for row in labelled_rows()]
+        upslope.train(recipe(), rows=rows, out=tmp_path / "lists", plain=True)
 
 
 def weighted(weights, **task):

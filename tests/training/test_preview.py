@@ -44,7 +44,7 @@ def test_near_duplicates_on_two_sides_are_told_and_dropped_where_asked(model_dir
     del recipe["data"]["group"]
     recipe["data"]["max_tokens"] = 200
     letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = ["".join(letters[(n * k * k + 7 * k) % 26] for k in range(1, 60)) for n in range(1, 25)]
+    texts = ["".join(letters[(n * k * k + 7 * k) % 26] for k in range(1, 40)) for n in range(1, 25)]
     rows = [{"noun": text[:-1] + end, "upper": "X"} for text in texts for end in "!?.;"]
     said = told(recipe, rows, capsys, examples=0)
     assert "are near one of train" in said and "set data.near = 0.8" in said
@@ -93,6 +93,34 @@ def test_columns_that_are_no_text_are_one_line(capsys):
     recipe["data"] = {"rows": "given", "prompt": "q", "completion": "a", "max_tokens": 60}
     with pytest.raises(DataError, match=r"no examples left of \d+: that are no text"):
         told(recipe, [{"q": n, "a": n} for n in range(40)], capsys)
+
+
+def test_what_an_encoder_chooses_is_shown_with_what_it_is_for(capsys):
+    shape = {"kind": "encoder", "width": 16, "layers": 1, "heads": 2, "context": 64, "vocab": 300}
+    data = {"rows": "given", "text": "text", "classes": "label", "max_tokens": 60}
+    recipe = {"model": shape, "data": data, "sft": {"steps": 1}, "rl": {"reward": "a:b", "max_tokens": 1}}
+    said = told(recipe, make_rows(), capsys, examples=1)
+    assert "[[fresh]]" in said or "[[rotten]]" in said
+    text = next(line for line in said.splitlines() if "[[" in line).partition("[[")[0].replace("|", "")
+    assert any(row["text"] in text for row in make_rows()) and "rl, row " in said
+    data = {"rows": "given", "passages": "found", "max_tokens": 200}
+    task = {"prompt": "{asked}", "reference": "right"}
+    rows = [{"asked": f"the {n}", "found": [f"about {n}", "another"], "right": n % 2} for n in range(60)]
+    said = told({"model": shape, "data": data, "task": task, "sft": {"steps": 1}}, rows, capsys, examples=1)
+    line = next(line for line in said.splitlines() if "[[" in line).replace("|", "")
+    assert "the " in line and "about " in line and "another" in line and ("[[0]]" in line or "[[1]]" in line)
+
+
+def test_every_side_is_told_and_a_row_beyond_the_context_stops_it_as_a_run(model_dir, capsys):
+    recipe = task_recipe(model_dir)
+    said = told(recipe, make_task_rows(), capsys, examples=1)
+    for side in ("train", "valid", "test"):
+        assert f"sft: {side} examples: " in said and f"rl: {side} prompts: " in said
+    assert said.count("  sft, row ") == 1  # examples of the training side alone
+    recipe["model"] = {"width": 16, "layers": 1, "heads": 2, "context": 8, "vocab": 300}
+    recipe["data"]["max_tokens"] = 60
+    with pytest.raises(DataError, match=r"row \d+ of the train side, .* context of 8; lower data.max_tokens to 8"):
+        told(recipe, make_task_rows(), capsys)
 
 
 def test_an_encoders_texts_are_shown_as_they_are_masked_from_and_one_that_should_write_is_refused(capsys):

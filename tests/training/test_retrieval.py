@@ -175,17 +175,32 @@ def test_rows_that_cannot_be_are_dropped_and_counted_by_their_numbers(tmp_path):
         5: {"right": 7},
         8: {"found": ["about a sun", "  "]},
         13: {"right": None},
+        21: {"found": ["about a cat", "word " * 100]},
     }.items():
         rows[number] = rows[number] | changes
-    run = train(tmp_path / "run", rows=rows, sft={"steps": 1}, rl=None, data=recipe()["data"] | {"valid": 0.01})
+    run = train(
+        tmp_path / "run",
+        rows=rows,
+        sft={"steps": 1},
+        rl=None,
+        data=recipe()["data"] | {"valid": 0.01, "max_tokens": 300},
+    )
     told = " ".join(e["text"] for e in read_events(run / "events.jsonl") if e["kind"] == "account")
     for reason in (
         "with fewer than two passages (first: row 3)",
         "whose right is no number of a passage, from 0 (first: row 5)",
         "with an empty passage (first: row 8)",
         "without right (first: row 13)",
+        "with a text or passage of more than the 46 tokens that the encoder has room for (first: row 21)",
     ):
         assert reason in told
+
+
+def test_rows_that_differ_in_their_passages_are_no_repeats(tmp_path):
+    rows = [{"asked": f"which {n // 2}", "found": [f"about {n}", "about a cat"], "right": 0} for n in range(60)]
+    run = train(tmp_path / "run", rows=rows, sft={"steps": 1}, rl=None)
+    told = " ".join(e["text"] for e in read_events(run / "events.jsonl") if e["kind"] == "account")
+    assert "rows: 60 rows of 60; nothing dropped" in told
 
 
 def test_what_cannot_be_is_one_line(model_dir, tmp_path):

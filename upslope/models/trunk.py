@@ -42,6 +42,11 @@ class Trunk(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def context(self) -> int:
+        """How many tokens of a sequence it sees."""
+        return self.config.context
+
+    @property
     def output_weight(self) -> Tensor:
         """weight_VD of the projection to logits."""
         raise NotImplementedError

@@ -17,6 +17,15 @@ from upslope.errors import DataError
 
 ROW_NUMBER = "row_number"  # the column that keeps a row's number in its source
 SHOWN = 200  # characters of a dropped row that are kept to be shown
+TOLD = 60  # and of one in an error
+REMEDIES = {  # beginning of a reason -> what to change where it leaves nothing
+    "of another kind": "widen data.keep",
+    "outside": "widen data.min_chars and data.max_chars",
+    "longer than": "raise data.max_tokens, which prompt and completion share, or name shorter texts",
+    "with no more than": "lower data.prompt_words",
+    "without": "name a column that has it",
+    "with an empty": "name a column of texts",
+}
 
 
 @dataclass
@@ -44,11 +53,13 @@ class Account:
         """Set what was kept. Raises DataError when it is nothing."""
         self.kept = kept
         if not kept:
-            reason = max(self.dropped, key=lambda r: self.dropped[r]) if self.dropped else "there were none"
-            count = f" ({self.dropped[reason]} of {self.read})" if self.dropped else ""
-            raise DataError(
-                f"no {self.unit} left of {self.read}: {reason}{count}", "loosen that limit in [data], or add rows"
-            )
+            if not self.dropped:
+                raise DataError(f"no {self.unit} left of {self.read}: there were none", "add rows")
+            reason = max(self.dropped, key=lambda r: self.dropped[r])
+            what = " ".join(self.shown[reason].split())[:TOLD]
+            count = f"{self.dropped[reason]} of {self.read}; row {self.first[reason]}{f': {what!r}' if what else ''}"
+            remedy = next((told for start, told in REMEDIES.items() if reason.startswith(start)), "mend these rows")
+            raise DataError(f"no {self.unit} left of {self.read}: {reason} ({count})", f"{remedy}, or add rows")
         return self
 
     def examples(self) -> list[str]:
@@ -78,6 +89,7 @@ def clean(
     rows: Dataset,
     *,
     text: str | None,
+    may_be_blank: bool = False,
     min_chars: int = 1,
     max_chars: int = 100_000,
     keep: Mapping[str, Sequence[str]] | None = None,
@@ -87,6 +99,7 @@ def clean(
 ) -> tuple[Dataset, Account]:
     """Keep the rows whose columns have the wanted values, with all that is required, whose text fits and is no repeat.
 
+    text: the column that is measured, of texts or conversations; may_be_blank: of a prompt, which may have no words.
     Texts that differ only in white space or case are repeats; the first stays. equal: the columns that must all agree
     for a row to be a repeat, where that is not the text.
     """
@@ -99,7 +112,9 @@ def clean(
     for i, values in enumerate(zip(*(rows[name] for name in names), strict=True) if names else ()):
         row = dict(zip(names, values, strict=True))
         shown = row[text] if text else row
-        reason = _unfit(row, text, (min_chars, max_chars), wanted, required)
+        reason = _unfit(row, wanted, required)
+        if not reason and text:
+            reason = _misfit(row[text], (min_chars, max_chars), may_be_blank)
         key = _digest("\0".join(folded(str(row[name])) for name in equal)) if dedupe and equal and not reason else None
         if reason:
             account.drop(reason, numbers[i], shown)
@@ -112,24 +127,21 @@ def clean(
     return (rows.select(chosen) if names else rows), account
 
 
-def _unfit(
-    row: Mapping[str, Any],
-    text: str | None,
-    length: tuple[int, int],
-    wanted: Mapping[str, set[str]],
-    required: Sequence[str],
-) -> str | None:
+def _unfit(row: Mapping[str, Any], wanted: Mapping[str, set[str]], required: Sequence[str]) -> str | None:
     """Why a row is no use, or None."""
     if any(str(row[column]) not in values for column, values in wanted.items()):
         return "of another kind"
     missing = next((name for name in required if not _is_there(row[name])), None)
-    if missing is not None:
-        return f"without {missing}"
-    if text and not (isinstance(row[text], str) and row[text].strip()):
-        return "without text"
-    if text and not length[0] <= len(row[text]) <= length[1]:
-        return f"outside {length[0]} to {length[1]} characters"
-    return None
+    return None if missing is None else f"without {missing}"
+
+
+def _misfit(value: Any, length: tuple[int, int], may_be_blank: bool) -> str | None:
+    """Why a text, or a conversation by what is said in it, is no use, or None."""
+    if isinstance(value, list | tuple):
+        value = "".join(str(turn.get("content") or "") for turn in value if isinstance(turn, Mapping))
+    if not isinstance(value, str) or not value.strip():
+        return None if may_be_blank else "without text"
+    return None if length[0] <= len(value) <= length[1] else f"outside {length[0]} to {length[1]} characters"
 
 
 def _is_there(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -30,30 +30,39 @@ class LabelTokenizer(Tokenizer):
 
     def source_pieces(self, ids: Sequence[int]) -> list[str]:
         """The tokens of a prompt as text, which are not labels."""
-        return super().pieces(ids)
+        return Tokenizer(self.inner, self.source, for_sources=self.for_sources).pieces(ids)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer of its prompts; the labels stand in the model's configuration."""
         self.inner.save_pretrained(str(folder))
 
 
-def labels_of(splits: Mapping[str, Dataset], classes: str) -> tuple[str, ...]:
-    """The labels of the training side, sorted. Raises DataError for fewer than two, or another side's that it lacks."""
-    labels = sorted({str(value) for value in splits["train"][classes] if _is_there(value)})
+def labels_of(rows: Dataset, classes: str) -> tuple[str, ...]:
+    """The labels of the training side, sorted. Raises DataError for fewer than two, or one that is a list."""
+    for row, value in zip(row_numbers(rows), rows[classes], strict=True):
+        if isinstance(value, list | tuple | dict):
+            raise DataError(
+                f"row {row} has {value!r:.80} in column {classes!r}, and a class is one label",
+                "name a column of texts or numbers in data.classes",
+            )
+    labels = sorted({str(value) for value in rows[classes] if _is_there(value)})
     if len(labels) < 2:
         raise DataError(
             f"the training side has {len(labels)} labels in column {classes!r}: nothing to choose",
             "name another column",
         )
-    known = set(labels)
-    for side, rows in splits.items():
-        for row, value in zip(row_numbers(rows), rows[classes] if len(rows) else [], strict=False):
-            if _is_there(value) and str(value) not in known:
-                raise DataError(
-                    f"row {row}, of the {side} side, has the label {str(value)!r:.80}, which the training side lacks",
-                    "add such rows, or leave it out with data.keep",
-                )
     return tuple(labels)
+
+
+def with_known_labels(rows: Dataset, labels: Sequence[str], classes: str) -> tuple[Dataset, Account]:
+    """The rows of another side whose labels the training side has, too, or that have none."""
+    account, known, kept = Account(len(rows)), set(labels), []
+    for n, (row, value) in enumerate(zip(row_numbers(rows), rows[classes] if len(rows) else [], strict=True)):
+        if _is_there(value) and str(value) not in known:
+            account.drop(f"of label {str(value)!r:.80}, which the training side lacks", row)
+        else:
+            kept.append(n)
+    return rows.select(kept), account.close(len(kept))
 
 
 def class_examples(

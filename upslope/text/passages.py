@@ -18,9 +18,11 @@ from upslope.text.tokenizer import Tokenizer
 class PassageTokenizer(LabelTokenizer):
     """Reads a text and its passages as one source, each ended by the EOS; writes the number of a passage."""
 
-    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, most: int, context: int | None = None) -> None:
+        """most: passages of a row; context: tokens that the encoder sees at once, as it reads each by itself."""
         super().__init__(tokenizer, [str(n) for n in range(most)])
         self.separator = self.eos = tokenizer.eos_id
+        self.context = context
 
     def joined(self, text: Any, passages: Any) -> tuple[list[int], str]:
         """(ids, "") of a source, or ([], why it is none)."""
@@ -35,6 +37,11 @@ class PassageTokenizer(LabelTokenizer):
         parts = [self.encode(part, special=False) for part in (text, *passages)]
         if any(self.separator in part for part in parts):
             return [], "whose text has the token that ends a passage"
+        if self.context and max(map(len, parts)) + 2 > self.context:  # a first token and an EOS stand around each
+            return (
+                [],
+                f"with a text or passage of more than the {self.context - 2} tokens that the encoder has room for",
+            )
         first = self.encode_prompt(text)[0]
         return [first, *(token for part in parts for token in [*part, self.eos])], ""
 

@@ -1,7 +1,7 @@
 """Rows by the generators of reasoning-gym, an extra: `reasoning-gym:NAME?size=500&seed=1&key=value` in [data].
 
 Columns: question, answer, dataset, entry (JSON, what the verifier reads). The metric `verifier` scores an answer by the
-generator's own rule, which knows more right answers than the one written down.
+generator's own rule, which knows more right answers than the one written down. Some generators write none down.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def puzzles(source: str) -> list[dict[str, Any]]:
         return [
             {
                 "question": entry["question"],
-                "answer": str(entry["answer"]),
+                "answer": None if entry["answer"] is None else str(entry["answer"]),
                 "dataset": name,
                 "entry": json.dumps(entry, default=str),
             }

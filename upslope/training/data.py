@@ -14,12 +14,13 @@ from upslope.algo.random import permutation
 from upslope.config import Data, Recipe, Task
 from upslope.config.recipe import PROMPT
 from upslope.errors import DataError
+from upslope.models.open import Outline
 from upslope.models.trunk import Trunk, tokens_seen
 from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.sources import resolve
 from upslope.text import cleaning, prepare
 from upslope.text.examples import Examples, Pairs
-from upslope.text.labels import LabelTokenizer, class_examples
+from upslope.text.labels import LabelTokenizer, class_examples, labels_of, with_known_labels
 from upslope.text.near import without_near
 from upslope.text.passages import PassageTokenizer, passage_examples, passage_prompts
 from upslope.text.rows import load_rows, require_columns
@@ -49,18 +50,15 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     name = data.rows if rows is None else "the rows given"
     require_columns(table, list(dict.fromkeys(c for c in columns if c and c != made)), name)
     table = with_task(table, task, name)
-    required = [*task.columns, *([task.reference] if task.reference else [])]
-    about = task.columns or ([data.prompt] if data.prompt and task.reference else [])
-    sides = [c for c in (data.messages, data.chosen, data.rejected) if c]
-    whole = [data.prompt, *sides] if sides and data.prompt else sides  # what a row without text or task is made of
     table, account = cleaning.clean(
         table,
-        text=data.text or (task.source_column if made else None),
+        text=compared_column(run.recipe),
+        may_be_blank=not data.text and not made,
         min_chars=data.min_chars,
         max_chars=data.max_chars,
         keep=data.keep,
-        required=list(dict.fromkeys(required)),
-        equal=() if data.text else [*about, *required] if about else whole,
+        required=[c for c in dict.fromkeys([*task.columns, task.reference, data.group]) if c],
+        equal=what_repeats(run.recipe, table.column_names),
     )
     run.account(f"rows: {account}", None, account.examples())
     if data.near is not None:
@@ -71,6 +69,12 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
         table, group=data.group, fractions=fractions, seed=seed, same=data.text or data.prompt or data.messages
     )
     run.account(f"split: {account}", None, account.examples())
+    if data.classes:
+        labels = labels_of(splits["train"], data.classes)
+        for side in ("valid", "test"):
+            splits[side], account = with_known_labels(splits[side], labels, data.classes)
+            if account.dropped:
+                run.account(f"{side} rows: {account}")
     # in an order of their own, so that the first n of a side are a sample of all its groups
     return {name: side.select(permutation(len(side), seed, "rows", name)) for name, side in splits.items()}
 
@@ -81,6 +85,21 @@ def compared_column(recipe: Recipe) -> str:
     column = data.text or recipe.task.source_column or data.prompt or data.messages or data.chosen
     assert column is not None  # [data] names one
     return column
+
+
+def what_repeats(recipe: Recipe, columns: Sequence[str]) -> list[str]:
+    """The columns that all agree where a row is a repeat: what is learned from, or all where that is prompts alone."""
+    data, task = recipe.data, recipe.task
+    if data.text:
+        return [data.text]
+    ends = [task.reference, data.completion, data.messages, data.chosen, data.rejected, data.passages, data.classes]
+    learned = [column for column in ends if column in columns]
+    about = task.columns or [data.prompt or ""]
+    return (
+        list(dict.fromkeys(c for c in [*about, *learned] if c))
+        if learned
+        else [c for c in columns if c != cleaning.ROW_NUMBER]
+    )
 
 
 def with_task(table: Dataset, task: Task, name: str) -> Dataset:
@@ -94,8 +113,11 @@ def with_task(table: Dataset, task: Task, name: str) -> Dataset:
         added[PROMPT] = [
             task.prompt.format(**dict(zip(task.columns, row, strict=True))) for row in zip(*parts, strict=True)
         ]
-    if task.reference and task.reference != REFERENCE:
-        added[REFERENCE] = [_as_text(value) for value in table[task.reference]]
+    if task.reference:
+        texts = [_as_text(value) for value in table[task.reference]]
+        if task.reference == REFERENCE:  # a column of that name already: its values as texts
+            table = table.remove_columns(REFERENCE)
+        added[REFERENCE] = texts
     for column, values in added.items():
         if column in table.column_names:
             raise DataError(f"{name} has a column {column!r}, which [task] makes", "rename it, or name it in [task]")
@@ -103,9 +125,11 @@ def with_task(table: Dataset, task: Task, name: str) -> Dataset:
     return table
 
 
-def _as_text(value: Any) -> str | list[str]:
-    """A reference as a text, or as the list of the several that it is."""
-    return [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
+def _as_text(value: Any) -> str | list[str] | None:
+    """A reference as a text, or as the list of the several that it is; None where there is none."""
+    if isinstance(value, list | tuple):
+        return [str(v) for v in value] if all(v is not None for v in value) else None
+    return None if value is None else str(value)
 
 
 def supervised_examples(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer, side: str) -> Examples:
@@ -186,15 +210,15 @@ def preference_pairs(run: Book, stage: str, rows: Dataset, tokenizer: Tokenizer,
     return pairs
 
 
-def require_room(model: Trunk, side: str, parts: Iterable[tuple[int, int, int]]) -> None:
+def require_room(model: Trunk | Outline, side: str, parts: Iterable[tuple[int, int, int]]) -> None:
     """Check (row, prompt tokens, completion tokens) against the context. Raises DataError for the first too long."""
-    context = model.config.context
+    context = model.context
     for row, prompt, completion in parts:
-        if tokens_seen(model.needs_source, prompt, completion) > context:
+        if context is not None and tokens_seen(model.needs_source, prompt, completion) > context:
             raise DataError(
                 f"row {row} of the {side} side, {prompt} tokens to start from and {completion} to write, exceeds the "
                 f"model's context of {context}",
-                "lower data.max_tokens, which drops such rows, or the stage's max_tokens",
+                f"lower data.max_tokens to {context}, which drops such rows, or the stage's max_tokens",
             )
 
 

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.text import Text
 
 from upslope.config import Recipe, Scratch
-from upslope.models.open import needs_source, reads_only
+from upslope.models.open import Outline, outline
 from upslope.sources import resolve
+from upslope.text.examples import Example, Pair
 from upslope.text.near import near_duplicates
+from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training.data import (
     Splits,
@@ -24,9 +26,10 @@ from upslope.training.data import (
     make_prompts,
     masked_examples,
     preference_pairs,
+    require_room,
     supervised_examples,
 )
-from upslope.training.start import check_writes, labelled, texts_of
+from upslope.training.start import check_kind, labelled, texts_of
 
 NEAR = 0.8  # resemblance from which two texts on two sides are told
 CHECKED = 5000  # rows of each side that are compared for it
@@ -70,22 +73,23 @@ def preview(recipe: Recipe, *, examples: int = 2, rows: Any = None, plain: bool 
     """Print what becomes of a recipe's data. Raises DataError as a run would, where nothing is left."""
     book = Preview(recipe, plain=plain)
     made = recipe.model if isinstance(recipe.model, Scratch) else None
-    source = resolve(recipe.model) if isinstance(recipe.model, str) else ""
-    encoder = made.kind == "encoder" if made else reads_only(source)
-    check_writes(recipe, encoder)
+    source = resolve(recipe.model) if isinstance(recipe.model, str) else recipe.model
+    model = outline(source)
+    encoder = model.kind == "encoder"
+    check_kind(recipe, model)
     splits = load_splits(book, recipe.data, recipe.seed, rows)
     tell_near(book, splits)
     if made:
         tokenizer = train_tokenizer(texts_of(splits["train"], recipe.data), made.vocab, mask=encoder)
-        tokenizer.for_sources = made.kind in ("encdec", "encoder")
+        tokenizer.for_sources = model.needs_source
     else:
-        tokenizer = Tokenizer.load(source, for_sources=needs_source(source))
-    tokenizer = labelled(book, tokenizer, splits, recipe.data)
+        tokenizer = Tokenizer.load(str(source), for_sources=model.needs_source)
+    tokenizer = labelled(book, tokenizer, splits, recipe.data, model)
     for stage in recipe.stages:
         if stage == "pretrain" and encoder:
             show_masked(book, splits, tokenizer, examples)
         else:
-            show_stage(book, stage, splits, tokenizer, examples)
+            show_stage(book, stage, splits, tokenizer, examples, model)
 
 
 def tell_near(book: Preview, splits: Splits) -> None:
@@ -116,24 +120,47 @@ def show_masked(book: Preview, splits: Splits, tokenizer: Tokenizer, count: int)
         book.tokens(tokenizer.source_pieces(text.ids), [False] * len(text.ids))
 
 
-def show_stage(book: Preview, stage: str, splits: Splits, tokenizer: Tokenizer, count: int) -> None:
-    """The first examples of what a stage learns from."""
+def show_stage(book: Preview, stage: str, splits: Splits, tokenizer: Tokenizer, count: int, model: Outline) -> None:
+    """What becomes of each side for a stage, and the first examples of what it learns from.
+
+    Raises DataError for a row beyond the model's context.
+    """
     cfg = getattr(book.recipe, stage)
-    if stage in ("pretrain", "sft"):
-        for example in supervised_examples(book, stage, splits["train"], tokenizer, "train")[:count]:
-            book.say(f"  {stage}, row {example.row}, {len(example.ids)} tokens, {sum(example.trained)} trained on:")
-            given = example.trained.index(True) if True in example.trained else len(example.ids)
-            pieces = tokenizer.source_pieces(example.ids[:given]) + tokenizer.pieces(example.ids[given:])
-            book.tokens(pieces, example.trained)
-    elif stage in ("reward", "preference"):
-        pairs = preference_pairs(book, stage, splits["train"], tokenizer, "train", cfg.pairs_per_group)
-        for pair in pairs[:count]:
-            for name, ids in (("better", pair.chosen), ("other", pair.rejected)):
-                book.say(f"  {stage}, the {name} side, {len(ids)} tokens:")
-                book.tokens(tokenizer.pieces(ids), [n >= pair.prompt_length for n in range(len(ids))])
-    else:
-        for prompt in make_prompts(book, splits["train"], tokenizer, "train", stage)[:count]:
-            book.say(f"  {stage}, row {prompt.number}, a prompt of {len(prompt.ids)} tokens:")
-            book.tokens(tokenizer.source_pieces(prompt.ids), [False] * len(prompt.ids))
-            if "reference" in prompt.row:
-                book.say(f"    reference: {prompt.row['reference']!r}")
+    for side, rows in splits.items():
+        shown = count if side == "train" else 0
+        parts: Iterable[tuple[int, int, int]] = ()
+        if stage in ("pretrain", "sft"):
+            examples = supervised_examples(book, stage, rows, tokenizer, side)
+            parts = ((e.row, n := e.trained.index(True), len(e.ids) - n) for e in examples)
+            show_examples(book, stage, examples[:shown], tokenizer)
+        elif stage in ("reward", "preference"):
+            pairs = preference_pairs(book, stage, rows, tokenizer, side, cfg.pairs_per_group)
+            show_pairs(book, stage, pairs[:shown], tokenizer)
+        else:
+            prompts = make_prompts(book, rows, tokenizer, side, stage)
+            parts = ((p.number, len(p.ids), cfg.max_tokens) for p in prompts)
+            show_prompts(book, stage, prompts[:shown], tokenizer)
+        require_room(model, side, parts)
+
+
+def show_examples(book: Preview, stage: str, examples: Iterable[Example], tokenizer: Tokenizer) -> None:
+    for example in examples:
+        book.say(f"  {stage}, row {example.row}, {len(example.ids)} tokens, {sum(example.trained)} trained on:")
+        given = example.trained.index(True) if True in example.trained else len(example.ids)
+        pieces = tokenizer.source_pieces(example.ids[:given]) + tokenizer.pieces(example.ids[given:])
+        book.tokens(pieces, example.trained)
+
+
+def show_pairs(book: Preview, stage: str, pairs: Iterable[Pair], tokenizer: Tokenizer) -> None:
+    for pair in pairs:
+        for name, ids in (("better", pair.chosen), ("other", pair.rejected)):
+            book.say(f"  {stage}, the {name} side, {len(ids)} tokens:")
+            book.tokens(tokenizer.pieces(ids), [n >= pair.prompt_length for n in range(len(ids))])
+
+
+def show_prompts(book: Preview, stage: str, prompts: Iterable[Prompt], tokenizer: Tokenizer) -> None:
+    for prompt in prompts:
+        book.say(f"  {stage}, row {prompt.number}, a prompt of {len(prompt.ids)} tokens:")
+        book.tokens(tokenizer.source_pieces(prompt.ids), [False] * len(prompt.ids))
+        if "reference" in prompt.row:
+            book.say(f"    reference: {prompt.row['reference']!r}")

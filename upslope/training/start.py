@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from upslope.config import Data, Recipe, Scratch
 from upslope.errors import ModelError
-from upslope.models.open import needs_source, new_model, reads_only
+from upslope.models.open import KINDS, Outline, new_model, outline
 from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer, labels_of
 from upslope.text.passages import PassageTokenizer, most_passages
@@ -34,22 +34,33 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
     """
     if isinstance(recipe.model, str):
         source = resolve(recipe.model)
-        check_writes(recipe, reads_only(source))
-        tokenizer = Tokenizer.load(source, for_sources=needs_source(source))  # a wrong name is told first
+        model = outline(source)
+        check_kind(recipe, model)
+        tokenizer = Tokenizer.load(source, for_sources=model.needs_source)  # a wrong name is told first
         splits = load_splits(run, recipe.data, recipe.seed, rows)
-        return recipe.model, labelled(run, tokenizer, splits, recipe.data), splits
-    check_writes(recipe, recipe.model.kind == "encoder")
+        return recipe.model, labelled(run, tokenizer, splits, recipe.data, model), splits
+    model = outline(recipe.model)
+    check_kind(recipe, model)
     splits = load_splits(run, recipe.data, recipe.seed, rows)
     folder = models / "start" / "model"
     if not folder.is_dir():
         write_start(folder, recipe.model, recipe.seed, splits["train"], recipe.data)
-    tokenizer = Tokenizer.load(folder, for_sources=needs_source(folder))
+    tokenizer = Tokenizer.load(folder, for_sources=model.needs_source)
     run.account(f"model: a new {recipe.model.kind}; {tokenizer.vocab_size} tokens, made from the training side alone")
-    return str(folder), labelled(run, tokenizer, splits, recipe.data), splits
+    return str(folder), labelled(run, tokenizer, splits, recipe.data, model), splits
 
 
-def check_writes(recipe: Recipe, encoder: bool) -> None:
-    """An encoder chooses labels and writes no text; another model does not choose. Raises ModelError."""
+def check_kind(recipe: Recipe, model: Outline) -> None:
+    """The model is of the kind that the recipe is for: an encoder chooses labels and writes no text, no other chooses.
+
+    Raises ModelError.
+    """
+    if recipe.kind and KINDS[model.kind].words != KINDS[recipe.kind].words:
+        raise ModelError(
+            f"the model is {KINDS[model.kind].words}, and the recipe {recipe.name} is for {KINDS[recipe.kind].words}",
+            "name a model of that kind, or set kind = none to train this one all the same",
+        )
+    encoder = model.kind == "encoder"
     asked = [stage for stage in recipe.stages if stage in ("sft", "preference", "rl", "expert")]
     key = "data.classes" if recipe.data.classes else "data.passages" if recipe.data.passages else None
     if encoder and asked and key is None:
@@ -61,16 +72,16 @@ def check_writes(recipe: Recipe, encoder: bool) -> None:
         raise ModelError(f"{key} is set, and the model is no encoder", "remove it, or choose an encoder")
 
 
-def labelled(run: Book, tokenizer: Tokenizer, splits: Splits, data: Data) -> Tokenizer:
+def labelled(run: Book, tokenizer: Tokenizer, splits: Splits, data: Data, model: Outline) -> Tokenizer:
     """The tokenizer, which writes labels where the data has classes (those of the training side, and no other), or the
     numbers of passages."""
     if data.passages:
         most = most_passages(splits, data.passages)
         run.account(f"passages: {most} at the most")
-        return PassageTokenizer(tokenizer, most)
+        return PassageTokenizer(tokenizer, most, model.context)
     if not data.classes:
         return tokenizer
-    labels = labels_of(splits, data.classes)
+    labels = labels_of(splits["train"], data.classes)
     run.account(f"labels: {len(labels)}, of the training side: {', '.join(labels[:10])}{', ...' * (len(labels) > 10)}")
     return LabelTokenizer(tokenizer, labels)
 

@@ -115,6 +115,8 @@ def others_table(rows: Sequence[Outcome], language: str) -> str:
     for o in rows:
         for name in o.others:
             figures = [o.figure(label, name) for label in ("before", o.last, "change")]
+            if not any(figures):  # a choice has no KL that is told
+                continue
             told = [f.text(2, signed=n == 2) if f else "-" for n, f in enumerate(figures)]
             lines.append([o.group.title[language], o.group.model[language], o.arm.name, f"`{name}`", *told])
     return f"## {WORDS['others'][language]}\n\n" + table(WORDS["other columns"][language], lines)

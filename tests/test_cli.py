@@ -31,14 +31,17 @@ def test_help_is_instant():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "sentiment-ppo", "-s", "rl.lamda=1"), "unknown key 'rl.lamda'; did you mean 'lam'?"),
+        (("train", "sentiment-ppo", "-s", "rl.lamda=1"), "unknown key 'rl.lamda'; did you mean 'rl.lam'?"),
         (("train", "no-such-recipe"), "no recipe 'no-such-recipe'"),
         (("report", "nowhere"), "is not a run folder"),
         (("generate", "no/such/model", "hi"), "no such file or folder"),
         (("eval", "nowhere"), "has no finished rl stage"),
-        (("sweep", "sentiment-ppo", "rl.lamda=0.9,1"), "unknown key 'rl.lamda'; did you mean 'lam'?"),
+        (("sweep", "sentiment-ppo", "rl.lamda=0.9,1"), "unknown key 'rl.lamda'; did you mean 'rl.lam'?"),
         (("sweep", "sentiment-ppo", "rl.lam=0.9,1", "--metric", "x"), "add --search 20"),
         (("compare", "nowhere"), "holds no run and no sweep"),
+        (("train", "sentiment-ppo", "rl.kl=0.2"), "write -s rl.kl=0.2"),
+        (("train",), "error: missing argument 'recipe'; see upslope train --help"),
+        (("trian",), "error: no such command 'trian'"),
     ],
 )
 def test_errors_are_one_line_and_status_2(arguments, message, command_here):

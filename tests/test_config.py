@@ -20,8 +20,8 @@ def refused(*overrides):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rl.lamb=1", "unknown key 'rl.lamb'; did you mean 'lam'?"),
-        ("rl.optim.lrr=1", "unknown key 'rl.optim.lrr'; did you mean 'lr'?"),
+        ("rl.lamb=1", "unknown key 'rl.lamb'; did you mean 'rl.lam'?"),
+        ("rl.optim.lrr=1", "unknown key 'rl.optim.lrr'; did you mean 'rl.optim.lr'?"),
         ("sede=1", "unknown key 'sede'; did you mean 'seed'?"),
         ("rl.lam=2", "rl.lam = 2; input should be less than or equal to 1"),
         ("rl.prompts='x'", "rl.prompts = 'x'"),
@@ -59,6 +59,9 @@ def refused(*overrides):
         ("rl.slots=8", "unknown key 'rl.slots'; did you mean 'limits.slots'?"),
         ("limits.max_failures=2", "limits.max_failures = 2"),
         ("foo", "override 'foo' has no value"),
+        ("=3", "override '=3' has no key"),
+        ("rl.kll=0.1", "unknown key 'rl.kll'; did you mean 'rl.kl'?"),
+        ("lr=1", "unknown key 'lr'; did you mean 'optim.lr'?"),
         ("model.x=1", "model is a value, not a table"),
     ],
 )
@@ -110,6 +113,15 @@ def test_files_that_are_no_recipe(tmp_path, content, message):
         load_recipe("sentimentppo")
     with pytest.raises(RecipeError, match="is a folder"):
         load_recipe(tmp_path)
+
+
+def test_a_reward_model_that_nothing_asks_is_told():
+    pairs = {"data": {**BASE["data"], "chosen": "c", "rejected": "d"}, "reward": {"steps": 1}}
+    told = "reward: nothing is paid or judged by it; reward = none leaves this stage out"
+    assert told in describe(load_recipe(BASE | pairs))
+    assert told not in describe(load_recipe(BASE | pairs, ["rl.reward=stage:reward"]))
+    assert told not in describe(load_recipe(BASE | pairs, ["eval.judges=['stage:reward']"]))
+    assert told not in describe(load_recipe(BASE | pairs, ["rl=none"]))
 
 
 def test_there_are_few_keys():

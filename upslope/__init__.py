@@ -5,12 +5,14 @@ upslope.train("recipe.toml", reward=my_function, rows=my_rows)  the same with yo
 upslope.load("runs/sentiment-ppo").generate(["It is a"])        what came of it
 upslope.sweep("recipe.toml", {"rl.lam": [0.9, 0.95, 1.0]})     many runs, and their comparison
 upslope.compare("runs/a", "runs/b")                            any runs in one table and one picture
+upslope.UpslopeError                                           what all of them raise, in one line
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upslope.errors import UpslopeError as UpslopeError
 from upslope.version import VERSION
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from upslope.api import train as train
 
 __version__ = VERSION
-__all__ = ["LoadedModel", "__version__", "compare", "load", "sweep", "train"]
+__all__ = ["LoadedModel", "UpslopeError", "__version__", "compare", "load", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -244,7 +245,7 @@ def main() -> None:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        result: Any = app(args=arguments, standalone_mode=False)
+        result: Any = app(args=arguments, prog_name="upslope", standalone_mode=False)
         if result == 130:  # what typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
@@ -261,17 +262,22 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        show = getattr(error, "show", None)  # a usage error of the command line tells itself
         told = _told(error)
         if debug and told:
             traceback.print_exc()
-        if show is None and told is None:
+        if told is None and not hasattr(error, "format_message"):
             raise
-        if show is not None:
-            show()
-        else:
-            print(f"error: {told}", file=sys.stderr)
+        print(f"error: {told or _usage(error)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command, in one line."""
+    what = " ".join(error.format_message().split()).rstrip(".")
+    where = getattr(getattr(error, "ctx", None), "command_path", "upslope")
+    extra = re.search(r"unexpected extra argument.*\((\S+=\S*)\)", what)
+    remedy = f"write -s {extra[1]}" if extra else f"see {where} --help"
+    return f"{what[:1].lower()}{what[1:]}; {remedy}"
 
 
 def _leave() -> None:

@@ -89,7 +89,7 @@ def estimates(
 
     change: the two outcomes that it is between, the first subtracted from the second; where there are two, these.
     distinct-n falls as texts are added and repeated, so that its resampled values lie below the full one: its
-    interval is moved to stand around the value of the whole set.
+    interval is moved to stand around the value of the whole set, and ends at 1.
     """
     size = len(outcomes[0].completions)
     drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
@@ -160,4 +160,6 @@ def _mean(values: np.ndarray) -> float:
 def _estimate(value: float, samples: np.ndarray, *, centred: bool) -> Estimate:
     shift = value - float(samples.mean()) if centred else 0.0
     low, high = np.percentile(samples, [2.5, 97.5]) + shift
+    if centred:
+        high = min(high, 1.0)  # a share; that of a change, which is less, is left as it is
     return Estimate(value, float(low), float(high))

@@ -115,7 +115,7 @@ def test_values_from_python_are_written_as_toml(recipe):
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        (["rl.lamda=1,2"], {}, "unknown key 'rl.lamda'; did you mean 'lam'?"),
+        (["rl.lamda=1,2"], {}, "unknown key 'rl.lamda'; did you mean 'rl.lam'?"),
         (["rl.lam=0.9,2"], {}, "rl.lam = 2; input should be less than or equal to 1"),
         (["rl.lam=0.9,,1"], {}, "'rl.lam=0.9,,1' has an empty value"),
         (["rl.lam"], {}, "'rl.lam' has no values"),

@@ -81,7 +81,7 @@ def test_the_closing_table_has_baseline_supervised_start_rl_and_expert(unbroken)
     _, folder, (_, events, _) = unbroken
     table = next(e for e in events if e["kind"] == "table" and e["stage"] == "eval")
     assert table["columns"] == ["", "baseline", "before", "after", "expert", "change"]
-    assert "before: after sft; baseline: copy; temperature 1" in table["note"]
+    assert "'before' is the model after sft; baseline: copy; temperature 1" in table["note"]
     closing = json.loads((folder / "eval" / "done.json").read_text())["metrics"]
     assert closing["task: exact_match"]["baseline"] == 0.0  # "cat 1" is not "CAT"
     assert closing["task: chrf"].keys() == {"baseline", "before", "after", "expert"}

@@ -115,6 +115,8 @@ def describe(recipe: Recipe) -> list[str]:
         stage = getattr(recipe, name)
         if stage:
             lines.append(f"{name}: {stage.steps} steps x {stage.batch} pairs = {stage.steps * stage.batch} pairs")
+    if recipe.idle_reward:
+        lines.append("reward: nothing is paid or judged by it; reward = none leaves this stage out")
     if recipe.rl:
         rl = recipe.rl
         each, parts = rl.episodes // rl.minibatches, rl.epochs * rl.minibatches
@@ -146,7 +148,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"override {override!r} has no value", "write key.sub=value, as in -s rl.lam=0.9")
+        what = "value" if key.strip() else "key"
+        raise RecipeError(f"override {override!r} has no {what}", "write key.sub=value, as in -s rl.lam=0.9")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -172,7 +175,9 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "extra_forbidden":
         table, key = first["loc"][:-1], str(first["loc"][-1])
         names = _fields_at(table)
-        near = [f"limits.{key}"] if key in Limits.model_fields else difflib.get_close_matches(key, names, 1)
+        close = [".".join([*map(str, table), name]) for name in difflib.get_close_matches(key, names, 1)]
+        inside = [f"{name}.{key}" for name in ("limits", *names) if not table and key in _fields_at((name,))]
+        near = [f"limits.{key}"] if key in Limits.model_fields else inside or close
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(names)}"
         return f"recipe: unknown key {where!r}{others}", remedy
     if first["type"] == "missing":
@@ -206,5 +211,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     for part in (p for p in location if not _is_union_tag(p)):
         annotation = model.model_fields[str(part)].annotation
         options = [annotation, *(getattr(o, "__origin__", o) for o in getattr(annotation, "__args__", ()))]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []  # no table
     return list(model.model_fields)

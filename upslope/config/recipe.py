@@ -91,6 +91,12 @@ class Recipe(Table):
         return {own: 1.0} if isinstance(own, str) else dict(own)
 
     @property
+    def idle_reward(self) -> bool:
+        """Whether [reward] learns what no later stage is paid by and nothing is judged by."""
+        asked = [*(self.rl.rewards if self.rl else ()), *self.expert_rewards, *self.task.metrics, *self.eval.judges]
+        return bool(self.reward and (self.rl or self.expert)) and "stage:reward" not in asked
+
+    @property
     def policy_stages(self) -> list[str]:
         return [name for name in self.stages if name in POLICY_STAGES]
 

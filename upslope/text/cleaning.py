@@ -64,7 +64,8 @@ class Account:
 
     def examples(self) -> list[str]:
         """One dropped row for each reason, in words."""
-        return [f"{reason}: row {self.first[reason]}: {self.shown[reason]}" for reason in self.dropped]
+        told = {reason: f": {what}" if (what := self.shown[reason]) else "" for reason in self.dropped}
+        return [f"{reason}: row {self.first[reason]}{what}" for reason, what in told.items()]
 
     def __str__(self) -> str:
         parts = [f"{count} {reason} (first: row {self.first[reason]})" for reason, count in self.dropped.items()]

@@ -75,11 +75,11 @@ def class_examples(
     for i, value, label in zip(row_numbers(rows), rows[text], rows[classes], strict=True):
         ids = tokenizer.encode_prompt(value) if isinstance(value, str) else []
         if not _is_there(label):
-            account.drop("without a label", i)
+            account.drop("without a label", i, value)
         elif not ids:
             account.drop("with an empty source", i)
         elif len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", i, value)
         else:
             made.append(Example([*ids, number[str(label)]], [False] * len(ids) + [True], i))
     return made, account.close(len(made))

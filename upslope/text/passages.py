@@ -77,7 +77,7 @@ def passage_examples(
         if reason or number is None:
             account.drop(reason or f"whose {answer} is no number of a passage, from 0", i, value)
         elif len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", i, text)
         else:
             made.append(Example([*ids, number], [False] * len(ids) + [True], i))
     return made, account.close(len(made))
@@ -96,7 +96,7 @@ def passage_prompts(
         if reason:
             account.drop(reason, i, row[answer] if answer else "")
         elif len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", i, row[prompt])
         else:
             listed = "\n".join(f"  {n}: {text}" for n, text in enumerate(row[passages]))
             made.append(Prompt(ids, f"{row[prompt]}\n{listed}", row, i))

@@ -111,7 +111,7 @@ def pairs(
     groups_used = 0
     for name, (better, others) in sides.items():
         if not better or not others:
-            account.drop(f"without both {prefer!r} and another label", numbers[(better or others)[0]])
+            account.drop(f"without both {prefer!r} and another label", numbers[(better or others)[0]], name)
             continue
         groups_used += 1
         order = stream(seed, "pairs", name)
@@ -205,7 +205,7 @@ def prompts(
             count = word_count(row[text], words, seed)
             shown, rest = opened(row[text], count)
             if not rest:
-                account.drop(f"with no more than {count} words", i)
+                account.drop(f"with no more than {count} words", i, row[text])
                 continue
         elif not is_chat(row[messages]):
             account.drop("without turns of role and content", i)
@@ -233,17 +233,17 @@ def _fitting(rows: Dataset, made: Iterable[Learned | str], max_tokens: int) -> t
     """The examples among what was made of each row: ids and what is learned of them, or why there is nothing."""
     account = Account(len(rows), unit="examples")
     kept = Examples()
-    for number, found in zip(row_numbers(rows), made, strict=True):
-        if isinstance(found, str):
-            account.drop(found, number)
-            continue
-        ids, learned = found
-        if len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", number)
-        elif len(ids) < 2 or not any(learned[1:]):
-            account.drop("with nothing to learn", number)
-        else:
+    for n, (number, found) in enumerate(zip(row_numbers(rows), made, strict=True)):
+        ids, learned = found if not isinstance(found, str) else ([], [])
+        reason = found if isinstance(found, str) else None
+        if reason is None and len(ids) > max_tokens:
+            reason = f"longer than {max_tokens} tokens"
+        elif reason is None and (len(ids) < 2 or not any(learned[1:])):
+            reason = "with nothing to learn"
+        if reason is None:
             kept.append(Example(ids, learned, number))
+        else:
+            account.drop(reason, number, "" if reason in account.dropped else rows[n])
     return kept, account.close(len(kept))
 
 

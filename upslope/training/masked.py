@@ -64,7 +64,7 @@ def masked_texts(rows: Dataset, tokenizer: Tokenizer, *, text: str, max_tokens: 
         if not any(free):
             account.drop("without text", i)
         elif len(ids) > max_tokens:
-            account.drop(f"longer than {max_tokens} tokens", i)
+            account.drop(f"longer than {max_tokens} tokens", i, value)
         else:
             made.append(Example(ids, free, i))
     return made, account.close(len(made))

@@ -106,7 +106,8 @@ def tell_near(book: Preview, splits: Splits) -> None:
         n, j = pairs[0]
         book.say(
             f"near duplicates: {len(pairs)} of {len(texts)} texts of {name} are near one of train "
-            f"(resemblance {NEAR:g} or more); set data.near = {NEAR:g} to drop them, or data.group",
+            f"(resemblance {NEAR:g} or more); set data.near = {NEAR:g} to drop them"
+            + ("" if book.recipe.data.group else ", or data.group to keep them on one side"),
             "bold yellow",
         )
         book.say(f"    {name}: {' '.join(texts[n].split())[:200]}", "dim")

@@ -232,9 +232,10 @@ def recipes(
     if name:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
-    for title, path in shipped_recipes().items():
+    shipped = shipped_recipes()
+    for title, path in shipped.items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        typer.echo(f"{title:20} {first}")
+        typer.echo(f"{title:{max(map(len, shipped))}}  {first}")
 
 
 def main() -> None:

@@ -105,6 +105,21 @@ function credit() {
   }
 }
 
+function ticks(u, places) {  // as many digits as tell one from the next
+  const step = places.length > 1 ? Math.abs(places[1] - places[0]) : 1, most = Math.max(...places.map(Math.abs));
+  const power = x => Math.floor(Math.log10(x) + 1e-9);
+  return most >= 1e5 || step < 1e-4 ? places.map(x => x ? x.toExponential(Math.max(0, power(most) - power(step))) : "0")
+    : places.map(x => (x || 0).toFixed([0, 1, 2, 3, 4, 5].find(n => Math.abs(step * 10 ** n - Math.round(step * 10 ** n)) < 1e-6)));
+}
+
+function width(u, labels) {  // of an axis
+  return 20 + 7 * Math.max(3, ...(labels || []).map(text => text.length));
+}
+
+function range(u, low, high) {
+  return low === high ? [Math.min(low, 0), Math.max(high, 0) || 1] : uPlot.rangeNum(low, high, 0.1, true);
+}
+
 function curves() {
   const colour = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
   const axis = dark ? "#9aa3af" : "#667", grid = dark ? "#2a2f36" : "#e6e9ee";
@@ -122,16 +137,21 @@ function curves() {
       const title = make("div", "name", name, card);
       const last = points[points.length - 1][1];
       const band = ["_low", "_high"].map(end => curves[name + end]).filter(Boolean);  // the 95 % interval, dashed
+      const paid = /^task\//.test(name) && name !== "task/reward" && curves["task/reward"] || [];  // in the same picture
+      const reward = paid.length === points.length ? [paid] : [];
+      if (reward.length) make("em", "", "task/reward: grey", title);
       make("span", "", last === null ? "not finite" : Number(last.toPrecision(4)), title);
       new uPlot({
         width: Math.max(260, card.clientWidth - 30), height: 150, legend: { show: false },
-        cursor: { sync: { key: stage }, points: { size: 6 } }, scales: { x: { time: false } },
-        axes: [{ stroke: axis, grid: { stroke: grid, width: 1 }, size: 28 },
-               { stroke: axis, grid: { stroke: grid, width: 1 }, size: 52, values: (u, v) => v.map(x => Number(x.toPrecision(3))) }],
+        cursor: { sync: { key: stage }, points: { size: 6 } }, scales: { x: { time: false }, y: { range }, reward: { range } },
+        axes: [{ stroke: axis, grid: { stroke: grid, width: 1 }, size: 28, incrs: [1, 2, 5].flatMap(n => [0, 1, 2, 3, 4, 5, 6].map(e => n * 10 ** e)).sort((a, b) => a - b) },
+               { stroke: axis, grid: { stroke: grid, width: 1 }, values: ticks, size: width },
+               ...reward.map(() => ({ scale: "reward", side: 1, stroke: axis, grid: { show: false }, values: ticks, size: width }))],
         series: [{}, { stroke: colour, width: 2, points: { show: points.length < 3 } },
-          ...band.map(() => ({ stroke: colour, width: 1, dash: [3, 3], points: { show: false } }))],
+          ...band.map(() => ({ stroke: colour, width: 1, dash: [3, 3], points: { show: false } })),
+          ...reward.map(() => ({ scale: "reward", stroke: axis, width: 1.5, points: { show: points.length < 3 } }))],
         hooks: { setLegend: [u => { const i = u.cursor.idx; title.lastChild.textContent = i === null || points[i] === undefined ? Number(last?.toPrecision(4)) : "step " + points[i][0] + ": " + Number(points[i][1]?.toPrecision(4)); }] },
-      }, [points.map(p => p[0]), points.map(p => p[1]), ...band.map(b => b.map(p => p[1]))], card);
+      }, [points.map(p => p[0]), points.map(p => p[1]), ...band.map(b => b.map(p => p[1])), ...reward.map(r => r.map(p => p[1]))], card);
     }
   }
 }

@@ -39,7 +39,10 @@ Text = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the plan. group: the row or study; arm: the algorithm, or what an arm is called."""
+    """One run of the plan. group: the row or study; arm: the algorithm, or what an arm is called.
+
+    after, stage: the arm, and the last stage of its runs, whose model of the same seed this one begins with.
+    """
 
     group: str
     arm: str
@@ -47,6 +50,7 @@ class Job:
     recipe: str
     overrides: tuple[str, ...]
     after: str | None = None
+    stage: str = ""
 
     @property
     def name(self) -> str:
@@ -60,7 +64,7 @@ class Job:
     @property
     def command(self) -> str:
         """What anyone types to run it."""
-        begun = [f"model=RUNS/{self.before}"] if self.after else []
+        begun = [f"model=RUNS/{self.before}/{self.stage}/model"] if self.after else []
         words = [f"-s {_quoted(setting)}" for setting in (*self.overrides, *begun)]
         path = Path(self.recipe)
         recipe = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
@@ -153,7 +157,7 @@ def _group(kind: str, table: Mapping[str, Any], path: Path, smoke: bool, before:
     recipe = str(beside) if recipe not in shipped_recipes() and beside.is_file() else recipe
     shared = [*table.get("set", []), *(table.get("smoke", []) if smoke else [])]
     arms = tuple(
-        _of_row(run, before, where) if "as" in run else _arm(name, recipe, shared, run, smoke, where)
+        _of_row(run, before, where) if "as" in run else _arm(name, recipe, shared, run, table["run"], smoke, where)
         for run in table["run"]
     )
     known = {arm.name for arm in arms}
@@ -172,11 +176,22 @@ def _group(kind: str, table: Mapping[str, Any], path: Path, smoke: bool, before:
     )
 
 
-def _arm(group: str, recipe: str, shared: Sequence[str], run: Mapping[str, Any], smoke: bool, where: str) -> Arm:
+def _arm(
+    group: str,
+    recipe: str,
+    shared: Sequence[str],
+    run: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+    smoke: bool,
+    where: str,
+) -> Arm:
     _check(run, RUN_KEYS, {"name", "seeds"}, f"{where}, run")
     seeds = run["seeds"][:1] if smoke else run["seeds"]
+    after = run.get("after")
+    before = next((other for other in runs if other.get("name") == after), None) if after else None
+    stage = load_recipe(recipe, [*shared, *before.get("set", [])]).policy_stages[-1] if before else ""
     jobs = tuple(
-        Job(group, run["name"], seed, recipe, (*shared, *run.get("set", []), f"seed={seed}"), run.get("after"))
+        Job(group, run["name"], seed, recipe, (*shared, *run.get("set", []), f"seed={seed}"), after, stage)
         for seed in seeds
     )
     return Arm(run["name"], _text(run.get("title", run["name"]), where), jobs)

@@ -11,7 +11,6 @@ from results.plan import Job
 from results.record import read_records, record_of, stands_for, write_record
 from upslope.config import load_recipe
 from upslope.errors import RunError
-from upslope.observe.runs import read_json
 from upslope.training.process import Process
 from upslope.training.share import begin_from
 from upslope.training.sweep import finished
@@ -81,8 +80,7 @@ class Session:
         before = self.out / job.before
         if not (before / "recipe.json").is_file():
             raise RunError(f"{job.before} has not been run", "run it first, into the same folder")
-        last = load_recipe(read_json(before / "recipe.json")).policy_stages[-1]
-        model = before / last / "model"
+        model = before / job.stage / "model"
         if not model.is_dir():
             raise RunError(f"{job.before} is not finished", "run it to its end first")
         return [f"model={model.resolve()}"]

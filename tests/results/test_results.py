@@ -132,6 +132,8 @@ def test_stages_before_rl_are_shared_by_the_runs_of_a_seed(place):
 def test_an_arm_begins_with_the_last_model_of_another(place):
     recipe = json.loads((place / "runs" / "turns-second-1" / "recipe.json").read_text())
     assert recipe["model"] == str((place / "runs" / "turns-first-1" / "rl" / "model").resolve())
+    command = read_records(place / "records")["turns-second-1"]["command"]
+    assert "-s model=RUNS/turns-first-1/rl/model -o RUNS/turns-second-1" in command
     assert recipe["sft"] is None
     first, second = (read_records(place / "records")[f"turns-{name}-1"]["table"] for name in ("first", "second"))
     assert first["task: length_words"]["after"] == second["task: length_words"]["before"]

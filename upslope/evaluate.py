@@ -5,16 +5,15 @@ Every interval is a percentile bootstrap over prompts; a change is a paired one,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from upslope.algo.random import stream
-from upslope.rewards.metrics import distinct_n
+from upslope.rewards.corpus import Statistic, distinct_1, distinct_2
 
 DRAWS = 1000
-Statistic = Callable[[np.ndarray], float]  # of the indices of the prompts drawn
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,10 @@ class Outcome:
             return table
         nll, tokens = self.base_nll_P, self.tokens_P
         table["perplexity, original model"] = (lambda i: float(np.exp(nll[i].sum() / tokens[i].sum())), 1)
-        for n in (1, 2):
-            table[f"distinct-{n}"] = (lambda i, n=n: distinct_n([self.completions[j] for j in i], n), 2)  # type: ignore[misc]
+        table |= {
+            "distinct-1": (distinct_1(self.completions, ()), 2),
+            "distinct-2": (distinct_2(self.completions, ()), 2),
+        }
         table["mean length, tokens"] = (lambda i: float(self.tokens_P[i].mean()), 1)
         table["ended by itself"] = (lambda i: float(self.ended_P[i].mean()), 2)
         return table
@@ -76,10 +77,34 @@ def interval(values: np.ndarray, *, seed: int, draws: int = DRAWS) -> tuple[floa
     return float(values.mean()), float(low), float(high)
 
 
-def estimate(statistic: Statistic, size: int, *, seed: int, draws: int = DRAWS) -> Estimate:
-    """A statistic of a set of `size` prompts with its 95 % percentile-bootstrap interval."""
+def change_of(before_P: np.ndarray, after_P: np.ndarray, *, seed: int) -> Estimate:
+    """The change of a mean, over the prompts whose score failed (nan) in neither; nan where there is none."""
+    change = after_P - before_P
+    change = change[np.isfinite(change)]
+    return Estimate(*interval(change, seed=seed)) if len(change) else Estimate(np.nan, np.nan, np.nan)
+
+
+def resampled(statistic: Statistic, size: int, *, seed: int, draws: int = DRAWS) -> np.ndarray:
+    """A statistic of a set of `size` prompts and, behind it, of each set that a bootstrap draws from these.
+
+    The same seed draws the same sets: the difference of two such arrays is that of a change, paired over the prompts.
+    """
     drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
-    return _estimate(statistic(np.arange(size)), np.array([statistic(i) for i in drawn]), centred=False)
+    return np.array([statistic(i) for i in (np.arange(size), *drawn)])
+
+
+def estimate(name: str, values: np.ndarray) -> Estimate:
+    """A `resampled` statistic, or a change of it, with its 95 % interval.
+
+    distinct-n falls as texts are added and repeated, so that its resampled values lie below the full one: its
+    interval is moved to stand around the value of the whole set, and ends at 1.
+    """
+    value, samples = float(values[0]), values[1:]
+    low, high = np.percentile(samples, [2.5, 97.5])
+    if name.removeprefix("task: ").startswith("distinct"):
+        shift = value - samples.mean()
+        low, high = low + shift, min(high + shift, 1.0)  # a share; that of a change, which is less, is left as it is
+    return Estimate(value, float(low), float(high))
 
 
 def estimates(
@@ -88,29 +113,16 @@ def estimates(
     """Name -> an estimate for each outcome and, for two, a last one of the change, paired over the prompts.
 
     change: the two outcomes that it is between, the first subtracted from the second; where there are two, these.
-    distinct-n falls as texts are added and repeated, so that its resampled values lie below the full one: its
-    interval is moved to stand around the value of the whole set, and ends at 1.
     """
     size = len(outcomes[0].completions)
-    drawn = stream(seed, "bootstrap").integers(0, size, size=(draws, size))
-    everything = np.arange(size)
     tables = [outcome.statistics() for outcome in comparable(outcomes)]
     change = change or ((0, 1) if len(outcomes) == 2 else None)
     result: dict[str, list[Estimate]] = {}
     for name in tables[0]:
-        values, samples = [], []
-        for table in tables:
-            statistic = table[name][0]
-            values.append(statistic(everything))
-            samples.append(np.array([statistic(i) for i in drawn]))
+        found = [resampled(table[name][0], size, seed=seed, draws=draws) for table in tables]
         if change:
-            first, second = change
-            values.append(values[second] - values[first])
-            samples.append(samples[second] - samples[first])
-        result[name] = [
-            _estimate(v, s, centred=name.removeprefix("task: ").startswith("distinct"))
-            for v, s in zip(values, samples, strict=True)
-        ]
+            found.append(found[change[1]] - found[change[0]])
+        result[name] = [estimate(name, values) for values in found]
     return result
 
 
@@ -155,11 +167,3 @@ def _mean(values: np.ndarray) -> float:
     """The mean of the scores that did not fail; nan where every one did."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
-
-
-def _estimate(value: float, samples: np.ndarray, *, centred: bool) -> Estimate:
-    shift = value - float(samples.mean()) if centred else 0.0
-    low, high = np.percentile(samples, [2.5, 97.5]) + shift
-    if centred:
-        high = min(high, 1.0)  # a share; that of a change, which is less, is left as it is
-    return Estimate(value, float(low), float(high))

@@ -13,6 +13,7 @@ from upslope.errors import DataError
 from upslope.rewards import answers, corpus, overlap
 from upslope.rewards.functions import FunctionReward
 from upslope.rewards.language import language
+from upslope.rewards.metrics import distinct_n
 
 SAID = ["the cat sat on the mat", "a dog", "", "completely different words here"]
 TRUE = ["the cat sat on a mat", "the dog", "an answer", "nothing in common at all"]
@@ -75,6 +76,14 @@ def test_a_set_has_its_own_number_and_it_is_sacrebleus_of_any_draw(name, whole):
     several = corpus.SETS[name](["a b c d e"] * 2, [{"reference": ["a b c d e", "x"]}, {"reference": "y y"}])
     expected = whole(["a b c d e"] * 2, [["a b c d e", "y y"], ["x", None]]).score / 100
     assert several(np.arange(2)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_distinct_n_of_drawn_texts_is_that_of_the_texts_themselves(n):
+    texts = ["a b A", "b c", "", "a", "d e f a b"]
+    statistic = corpus.SETS[f"distinct_{n}"](texts, [{}] * 5)
+    for drawn in ([0, 1, 2, 3, 4], [0, 0, 4, 4, 1], [2, 2], [3, 3]):
+        assert statistic(np.array(drawn)) == distinct_n([texts[i] for i in drawn], n)
 
 
 def test_corpus_bleu_by_hand():

@@ -12,13 +12,13 @@ import upslope
 from tests.scores import count_vowels, fails_at_times, same_for_all
 from upslope.config import RL, load_recipe
 from upslope.errors import RunError
-from upslope.evaluate import Outcome, estimates
+from upslope.evaluate import Estimate, Outcome
 from upslope.models.runner import DecoderRunner, Layer
 from upslope.observe.events import read_events
 from upslope.observe.report import write_report
 from upslope.training import rl as rl_module
 from upslope.training import supervised
-from upslope.training.alarms import ALARMS, FIRST, LAST, SKIPS_ALLOWED, WINDOW, alarms, judged_worse
+from upslope.training.alarms import ALARMS, FIRST, LAST, SKIPS_ALLOWED, WINDOW, alarms, better, judged_worse
 from upslope.training.final import record_comparison
 from upslope.training.run import Run
 
@@ -111,63 +111,101 @@ def test_a_reward_that_rises_while_an_unpaid_metric_falls():
     assert "while learned falls" in told(learned[-1], learned[:-1], unpaid)["reward_without_metric"]
 
 
-def made_up(reward, judge):
+def made_up(first, second, names=("reward: r", "judge: j")):
     """One outcome of 40 prompts, by two means and the same noise about them."""
     noise = np.linspace(-1, 1, 40)
     zeros = np.zeros(40)
-    return Outcome(
-        ["a b"] * 40, {"reward: r": reward + noise, "judge: j": judge + noise}, zeros, zeros + 2, zeros, zeros
-    )
+    scores = dict(zip(names, (first + noise, second + noise), strict=True))
+    return Outcome(["a b"] * 40, scores, zeros, zeros + 2, zeros, zeros)
+
+
+def certain(value):
+    return Estimate(value, value - 0.01, value + 0.01)
 
 
 @pytest.mark.parametrize(
-    ("after", "weights", "message"),
+    ("change", "message"),
     [
         (
-            (1.0, -0.5),
-            {"reward: r": 1.0, "judge: j": 0.0},
-            "reward: r 1.00 [1.00, 1.00] has risen while judge: j -0.50",
+            {"reward": 1.0, "task: chrf": -0.5, "task: ter": 0.0},
+            "reward 1.00 [0.99, 1.01] has risen while task: chrf -",
         ),
-        (
-            (-0.5, 1.0),
-            {"reward: r": 0.0, "judge: j": 0.3},
-            "judge: j 1.00 [1.00, 1.00] has risen while reward: r -0.50",
-        ),
-        ((1.0, -0.5), {"reward: r": 1.0, "judge: j": -0.1}, None),  # it is paid for falling
-        ((1.0, 0.5), {"reward: r": 1.0, "judge: j": 0.0}, None),
-        ((-1.0, -0.5), {"reward: r": 1.0, "judge: j": 0.0}, None),
-        ((1.0, 0.0), {"reward: r": 1.0, "judge: j": 0.0}, None),
-        ((1.0, float("nan")), {"reward: r": 1.0, "judge: j": 0.0}, None),
+        ({"reward": 1.0, "task: ter": 0.5}, "while task: ter 0.50 [0.49, 0.51] has become worse"),
+        ({"reward": 1.0, "task: ter": -0.5, "task: chrf": 0.5}, None),
+        ({"reward": -1.0, "task: chrf": -0.5}, None),
+        ({"reward": 0.0, "task: chrf": -0.5}, None),  # within its interval
+        ({"reward": 1.0, "task: chrf": -0.005}, None),  # within its interval
+        ({"reward": 1.0, "task: chrf": float("nan")}, None),
+        ({"reward": float("nan"), "task: chrf": -0.5}, None),
+        ({"reward": 1.0, "distinct-1": -0.5}, None),  # is no row that is to be watched
+        ({"task: chrf": -0.5}, None),
     ],
 )
-def test_a_reward_that_rose_while_a_judge_fell_is_told_by_the_closing_table(after, weights, message):
-    found = judged_worse(estimates([made_up(0.0, 0.0), made_up(*after)], seed=0), weights)
+def test_a_reward_that_rose_while_a_metric_became_worse_is_told(change, message):
+    found = judged_worse({row: certain(v) for row, v in change.items()}, {"task: chrf": 1, "task: ter": -1})
     assert (found is None) if message is None else (found is not None and message in found)
 
 
-def test_a_fall_within_its_interval_is_no_alarm():
-    after = made_up(1.0, -0.1)
-    after.scores["judge: j"][::2] += 3.0  # half of them better, half of them worse, on average a little lower
-    after.scores["judge: j"][1::2] -= 3.0
-    found = estimates([made_up(0.0, 0.0), after], seed=0)
-    assert found["judge: j"][-1].value < 0 < found["judge: j"][-1].high
-    assert judged_worse(found, {"reward: r": 1.0, "judge: j": 0.0}) is None
+def test_each_metric_judge_and_part_is_watched_the_way_that_is_better(recipe):
+    recipe |= {"task": {"reference": "text", "metrics": ["chrf", "ter", "macro_f1", "vader"]}}
+    recipe["rl"]["reward"] = {"chrf": 1.0, "length_words": -0.1, "ter": 0.0, "vader": 0.0}
+    recipe["eval"] |= {"judges": ["ter", "vader"]}
+    assert better(load_recipe(recipe)) == {
+        "task: chrf": 1,
+        "task: ter": -1,
+        "task: macro_f1": 1,  # neither way of sentiment is the task's
+        "judge: ter": -1,
+        "judge: vader": 1,
+        "reward: chrf": 1,
+        "reward: length_words": -1,
+        "reward: ter": -1,
+        "reward: vader": 1,
+    }
+
+
+def closing_alarms(recipe, folder, outcomes, rewards):
+    """What is told of two outcomes in a run that is paid by such a sum."""
+    recipe["rl"]["reward"] = {f"m.py:{name}": weight for name, weight in rewards.items()}
+    run = Run(load_recipe(recipe), folder, plain=True)
+    shown = []
+    run.terminal.note = lambda text, style="": shown.append((text, style))
+    record_comparison(run, [], outcomes)
+    run.close()
+    return [text for text, style in shown if text.startswith("ALARM eval: ") and style == "bold red"]
 
 
 def test_the_closing_alarm_is_recorded_shown_in_red_and_reported(recipe, tmp_path):
-    run = Run(load_recipe(recipe), tmp_path / "run", plain=True)
-    shown = []
-    run.terminal.note = lambda text, style="": shown.append((text, style))
     outcomes = [made_up(0.0, 0.0), made_up(1.0, -0.5)]
-    record_comparison(run, [], outcomes, {"reward: r": 1.0, "judge: j": 0.0})
-    run.close()
+    told = closing_alarms(recipe, tmp_path / "run", outcomes, {"r": 1.0})
+    assert [text[:63] for text in told] == ["ALARM eval: on held-out prompts reward 1.00 [1.00, 1.00] has ri"]
+    assert "while judge: j -0.50" in told[0]
     assert alarms_of(tmp_path / "run") == {"judged_worse": None}
-    assert [style for text, style in shown if text.startswith("ALARM eval: on held-out prompts reward: r")] == [
-        "bold red"
-    ]
     html = write_report(tmp_path / "run").read_text()
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.S)[1])
     assert [a["message"][:16] for a in data["alarms"]] == ["on held-out prom"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "parts", "message"),
+    [
+        ({"a": 1.0, "b": 1.0}, (-0.5, 1.0), "reward 0.50 [0.50, 0.50] has risen while reward: a -0.50"),
+        ({"a": 1.0, "b": 0.4}, (-0.5, 1.0), None),  # the sum has fallen
+        ({"a": 1.0, "b": -0.5}, (1.0, 0.5), "reward 0.75 [0.75, 0.75] has risen while reward: b 0.50"),
+        ({"a": 1.0, "b": -0.5}, (1.0, -0.5), None),  # it is paid for falling
+        ({"a": -1.0, "b": 0.0}, (-1.0, 0.0), None),
+    ],
+)
+def test_a_sum_that_rises_at_the_cost_of_one_of_its_parts_is_told(recipe, tmp_path, rewards, parts, message):
+    outcomes = [made_up(0.0, 0.0, ("reward: a", "reward: b")), made_up(*parts, ("reward: a", "reward: b"))]
+    told = closing_alarms(recipe, tmp_path / "run", outcomes, rewards)
+    assert not told if message is None else message in told[0]
+
+
+def test_a_sum_is_over_the_prompts_of_which_no_part_failed(recipe, tmp_path):
+    outcomes = [made_up(0.0, 0.0, ("reward: a", "reward: b")), made_up(1.0, -0.5, ("reward: a", "reward: b"))]
+    outcomes[0].scores["reward: b"][:20] = np.nan
+    outcomes[1].scores["reward: a"][:20] = -100.0  # of the other prompts the sum has risen
+    assert "reward 0.50 [0.50, 0.50]" in closing_alarms(recipe, tmp_path / "run", outcomes, {"a": 1.0, "b": 1.0})[0]
 
 
 def test_every_alarm_is_tried_here():

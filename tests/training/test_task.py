@@ -1,4 +1,4 @@
-"""[task] in whole runs: one table, its metrics on the way and at the end, baselines, the alarm, and exact resume."""
+"""[task] in whole runs: one table, its metrics on the way and at the end, baselines, and exact resume."""
 
 import json
 
@@ -7,14 +7,12 @@ import pytest
 
 import upslope
 from tests.conftest import make_recipe, make_rows
-from tests.scores import pays_for_length
 from tests.training.test_pipeline import outcome, same, stop_at_ask
 from upslope.config import load_recipe
 from upslope.errors import DataError, Interrupted, RecipeError
 from upslope.observe.events import read_events
 from upslope.text.baselines import copy, lead, majority
-from upslope.training.alarms import judged_worse
-from upslope.training.heldout import TaskMetrics, Watched, _changes
+from upslope.training.heldout import TaskMetrics
 
 WORDS = ["cat", "dog", "sun", "moon", "tree", "star", "fish", "bird"]
 
@@ -72,7 +70,7 @@ def test_the_task_is_measured_beside_the_reward_at_the_start_on_the_way_and_at_t
     for e in found:
         names = {n.removeprefix("task/") for n in e["metrics"] if n.startswith("task/")}
         assert {"exact_match", "chrf", "ter", "distinct_1"} <= names and ("reward" in names) == (e["stage"] == "rl")
-        for name in ("chrf", "ter"):
+        for name in ("chrf", "ter", "distinct_1"):
             low, value, high = (e["metrics"][f"task/{name}{end}"] for end in ("_low", "", "_high"))
             assert low <= value <= high
 
@@ -162,39 +160,6 @@ def test_baselines_by_hand():
     assert majority(train, rows, None, "reference") == ["a b", "a b"]
     assert copy(train, rows, "text", "reference") == ["one two three", "four"]
     assert lead(train, rows, "text", "reference") == ["one two", "four"]  # the median of 2, 1, 2, 3 words
-
-
-def test_the_alarm_compares_the_same_prompts_and_knows_what_less_is_better_of():
-    n = 40
-    first = {"reward": [0.1] * n, "ter": [0.3] * n, "chrf": [0.5] * n}
-    worse = {"reward": [0.4] * n, "ter": [0.5] * n, "chrf": [0.5] * n}
-    found, weights = _changes(first, worse, 0)
-    message = judged_worse(found, weights, lower=["ter"])
-    assert message and "reward 0.30 [0.30, 0.30] has risen while ter 0.20" in message and "become worse" in message
-    assert judged_worse(found, weights) is None  # were more of it better, it would have risen too
-    falling = _changes(first, {**first, "reward": [0.4] * n, "chrf": [0.2] * (n - 1) + [None]}, 0)
-    assert "chrf -0.30 [-0.30, -0.30] has fallen" in judged_worse(*falling, lower=["ter"])
-
-
-def test_a_cheated_reward_is_told_on_the_way(model_dir, tmp_path, monkeypatch):
-    """The reward is measured to rise and the metric to fall on the held-out prompts of a real run."""
-    recipe = task_recipe(model_dir)
-    del recipe["sft"]
-    recipe["task"] |= {"metrics": ["chrf"]}
-    recipe["rl"]["steps"] = 2
-    recipe["eval"]["every"] = 1
-    inner = Watched.measure
-
-    def measure(self, run, stage, step, engine, scorer=None):
-        found, scores = inner(self, run, stage, step, engine, scorer)
-        shift = {"reward": 0.5 * step, "chrf": -0.1 * step}
-        return found, {n: [None if v is None else v + shift[n] for v in values] for n, values in scores.items()}
-
-    monkeypatch.setattr(Watched, "measure", measure)
-    folder = upslope.train(recipe, reward=pays_for_length, rows=make_task_rows(), out=tmp_path / "run", plain=True)
-    told = [e for e in read_events(folder / "events.jsonl") if e["kind"] == "alarm" and e["name"] == "task_worse"]
-    assert [(e["stage"], e["step"]) for e in told] == [("rl", 2)] or [e["step"] for e in told] == [1]
-    assert "has risen while chrf" in told[0]["message"]
 
 
 def test_a_function_of_the_users_is_a_metric_and_its_failures_are_in_no_mean():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
 
-from upslope.rewards.metrics import distinct_n
+from upslope.rewards.metrics import n_grams
 from upslope.rewards.reference import all_references
 
 Rows = Sequence[dict[str, Any]]
@@ -61,12 +61,26 @@ def mean_f1(true_P: np.ndarray, said_P: np.ndarray, labels: int) -> float:
 
 def distinct_1(completions: Sequence[str], rows: Rows) -> Statistic:
     """Different words among all words of the set. Li et al. 2016 (1510.03055)."""
-    return lambda i: distinct_n([completions[j] for j in i], 1)
+    return _distinct(completions, 1)
 
 
 def distinct_2(completions: Sequence[str], rows: Rows) -> Statistic:
     """Different pairs of words among all pairs of the set. Li et al. 2016 (1510.03055)."""
-    return lambda i: distinct_n([completions[j] for j in i], 2)
+    return _distinct(completions, 2)
+
+
+def _distinct(texts: Sequence[str], n: int) -> Statistic:
+    """`metrics.distinct_n` of the texts drawn: each n-gram is given its number once."""
+    number: dict[tuple[str, ...], int] = {}
+    found = [[number.setdefault(gram, len(number)) for gram in n_grams(text, n)] for text in texts]
+    grams, count_P = [np.array(one, dtype=np.int64) for one in found], np.array([len(one) for one in found])
+
+    def statistic(i: np.ndarray) -> float:
+        seen, total = np.zeros(len(number), dtype=bool), int(count_P[i].sum())
+        seen[np.concatenate([grams[j] for j in np.unique(i)])] = True
+        return int(seen.sum()) / total if total else 0.0
+
+    return statistic
 
 
 def _from_counts(metric: Any, completions: Sequence[str], rows: Rows) -> Statistic:

@@ -36,8 +36,13 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     seen: set[tuple[str, ...]] = set()
     total = 0
     for text in texts:
-        words = text.lower().split()
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        grams = n_grams(text, n)
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else 0.0
+
+
+def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """The runs of n words in a text, in lower case."""
+    words = text.lower().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

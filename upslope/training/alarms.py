@@ -11,14 +11,15 @@ way; so has a best model whose checkpoint is damaged (best.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from upslope.checkpoint import atomic_write_text
-from upslope.config import RL, source_name
+from upslope.config import RL, Recipe, source_name
+from upslope.config.metrics import falls, judges
 from upslope.errors import RunError
 from upslope.evaluate import Estimate
 from upslope.training.run import Run
@@ -37,6 +38,7 @@ FIRST = 3  # rollouts that "the first" are
 LAST = 20  # rollouts that trends are read from
 WINDOW = 5  # rollouts that "for some time" is
 MISLED = -0.02  # explained variance, their mean: a critic that says nothing stays about 0
+REWARD = "reward"  # what is paid: the weighted sum of the rewards
 SURE = 3.0  # slope over its standard error, for a trend
 
 
@@ -137,23 +139,34 @@ def alarms(now: Metrics, before: Sequence[Metrics], rl: RL) -> dict[str, str]:
     return {name: message for name, message in found.items() if message}
 
 
-def judged_worse(
-    found: Mapping[str, Sequence[Estimate]], weights: Mapping[str, float], *, lower: Collection[str] = ()
-) -> str | None:
-    """Held-out prompts: a reward that is paid for rises while a judge or a metric of the task, which is not, falls.
+def better(recipe: Recipe) -> dict[str, int]:
+    """What a rising reward should cost nothing of: row of a table -> 1 where more of it is better, -1 where less.
 
-    Both beyond chance. found: rows of a table, the change last; weights: of its rewards, judges and metrics, 0 where
-    nothing is paid for one; lower: those of which less is better, which fall by rising.
+    These are the metrics of the task, paid for or not, the judges, and each reward of a sum, of which that is better
+    which is paid for.
     """
-    change = {name: found[name][-1] for name in weights}
-    risen = [name for name, weight in weights.items() if weight > 0 and change[name].low > 0]
-    free = [name for name, weight in weights.items() if weight == 0]
-    fallen = [name for name in free if (change[name].low > 0 if name in lower else change[name].high < 0)]
-    if not risen or not fallen:
+    rewards = recipe.rl.rewards if recipe.rl else {}
+    ways = {f"task: {source_name(s)}": -1 if falls(s) else 1 for s in recipe.task.metrics if judges(s)}
+    ways |= {f"judge: {source_name(s)}": -1 if falls(s) else 1 for s in recipe.eval.judges}
+    for source, weight in rewards.items():
+        less = falls(source) if weight == 0 else weight < 0
+        ways[f"reward: {source_name(source)}"] = -1 if less else 1
+    return ways
+
+
+def judged_worse(change: Mapping[str, Estimate], ways: Mapping[str, int]) -> str | None:
+    """Held-out prompts: the reward rises while a metric of the task, a judge or one of its own parts becomes worse.
+
+    Both beyond chance. change: of the rows of a table, and of REWARD; ways: which way is better, of some of them.
+    """
+    known = {row: change[row] for row in ways if row in change}
+    worse = [row for row, e in known.items() if (e.high < 0 if ways[row] > 0 else e.low > 0)]
+    if REWARD not in change or not change[REWARD].low > 0 or not worse:
         return None
-    up, down = (", ".join(f"{name} {change[name].text(2)}" for name in names) for names in (risen, fallen))
-    worse = "become worse" if any(name in lower for name in fallen) else "fallen"
-    return f"on held-out prompts {up} has risen while {down} has {worse}: the reward may have been cheated"
+    down = ", ".join(f"{row} {change[row].text(2)}" for row in worse)
+    how = "become worse" if any(ways[row] < 0 for row in worse) else "fallen"
+    up = f"{REWARD} {change[REWARD].text(2)}"
+    return f"on held-out prompts {up} has risen while {down} has {how}: the reward may have been cheated"
 
 
 def watch(run: Run, rl: RL, state: RunState, metrics: Metrics) -> None:

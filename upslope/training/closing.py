@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 
-from upslope.config import source_name
 from upslope.rewards.reference import COLUMN
 from upslope.text.baselines import BASELINES
 from upslope.text.prepare import Prompt
@@ -62,13 +61,7 @@ def evaluate_run(p: Pipeline, draw: int = 0) -> None:
         scorer.close()
         judges.close()
         metrics.close()
-    weights = {f"judge: {source.name}": 0.0 for source in judges.sources}
-    paid = {source_name(name): weight for name, weight in (p.recipe.rl.rewards if p.recipe.rl else {}).items()}
-    weights |= {f"task: {name}": paid.get(name, 0.0) for name in metrics.judging}
-    weights |= {f"reward: {s.name}": weight for s, weight in zip(scorer.sources, scorer.weights, strict=True)}
-    shape = _comparison(p, labels)
-    lower = [f"task: {name}" for name in metrics.lower]
-    found = record_comparison(p.run, prompts, outcomes, weights, shape, lower)
+    found = record_comparison(p.run, prompts, outcomes, _comparison(p, labels))
     write_answers(p.run, prompts, labels, outcomes)
     closing = {name: {label: e.value for label, e in zip(labels, row, strict=False)} for name, row in found.items()}
     ends = {

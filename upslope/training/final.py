@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,16 +13,17 @@ import torch
 
 from upslope.algo import token_logprobs
 from upslope.checkpoint import atomic_write_text
+from upslope.config import Recipe, source_name
 from upslope.engine import Engine, Sampling
 from upslope.errors import DataError
-from upslope.evaluate import Estimate, Outcome, estimates, table_rows, without_score
+from upslope.evaluate import Estimate, Outcome, change_of, estimates, table_rows, without_score
 from upslope.models.trunk import Trunk, tokens_seen
 from upslope.observe.events import finite
 from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.rewards.reference import references
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.alarms import judged_worse
+from upslope.training.alarms import REWARD, better, judged_worse
 from upslope.training.batches import micro_batches
 from upslope.training.collect import generate
 from upslope.training.episode import Episode, action_starts, lay_out
@@ -151,15 +152,10 @@ def record_comparison(
     run: Run,
     prompts: Sequence[Prompt],
     outcomes: Sequence[Outcome],
-    weights: Mapping[str, float],
     shape: Comparison = Comparison(("before", "after")),
-    lower: Sequence[str] = (),
 ) -> dict[str, list[Estimate]]:
-    """Write the table of some outcomes, and some prompts with two models' answers, into the run.
-
-    weights: of the table's rewards, judges and metrics; where what is paid for rose and what is not fell, an alarm is
-    recorded. lower: those of which less is better.
-    """
+    """Write the table of some outcomes, and some prompts with two models' answers, into the run; and the alarm where
+    the reward has risen at the cost of what it should be for."""
     found = estimates(outcomes, seed=run.recipe.seed, change=(shape.before, shape.after))
     note = f"{len(prompts)} held-out prompts, one completion each; value [95 % bootstrap interval over prompts]"
     note += without_score(outcomes)
@@ -171,7 +167,10 @@ def record_comparison(
         rows=table_rows(outcomes, found),
         note=note + (f"; {shape.note}" if shape.note else ""),
     )
-    message = judged_worse(found, weights, lower=lower)
+    paid = [_paid(outcomes[number], run.recipe) for number in (shape.before, shape.after)]
+    change = {name: row[-1] for name, row in found.items()} | {REWARD: change_of(*paid, seed=run.recipe.seed)}
+    ways = {name: 1 for name in found if name.startswith("judge: ")} | better(run.recipe)
+    message = judged_worse(change, ways)
     if message:
         run.record("alarm", stage="eval", name=judged_worse.__name__, message=message)
     shown = [
@@ -180,6 +179,13 @@ def record_comparison(
     ]
     run.record("prompts", stage="eval", samples=shown)
     return found
+
+
+def _paid(outcome: Outcome, recipe: Recipe) -> np.ndarray:
+    """The weighted sum of the rewards of each prompt; nan where one failed, or none is paid."""
+    rewards = recipe.rl.rewards if recipe.rl else {}
+    parts = [weight * outcome.scores[f"reward: {source_name(source)}"] for source, weight in rewards.items()]
+    return np.sum(parts, axis=0) if parts else np.full(len(outcome.completions), np.nan)
 
 
 def write_answers(run: Run, prompts: Sequence[Prompt], labels: Sequence[str], outcomes: Sequence[Outcome]) -> None:

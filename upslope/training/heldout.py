@@ -1,8 +1,8 @@
 """What [task] measures on held-out prompts, apart from the reward, with 95 % bootstrap intervals.
 
 During rl the same prompts are answered with the same random numbers every time, and the reward is measured on the same
-completions, so that both lie side by side: where the reward has risen since the start while a metric of the task has
-fallen, both beyond chance, an alarm is recorded.
+completions, so that both lie side by side: where the reward has risen since the start while a metric of the task or a
+part of the reward has become worse, both beyond chance, an alarm is recorded.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from typing import Any, Protocol
 import numpy as np
 
 from upslope.config import source_name
-from upslope.config.metrics import METRICS, falls, judges
+from upslope.config.metrics import METRICS
 from upslope.engine import Engine, Sampling
 from upslope.errors import DataError
-from upslope.evaluate import Estimate, estimate, interval
+from upslope.evaluate import Estimate, change_of, estimate, resampled
 from upslope.models.trunk import Trunk
 from upslope.rewards.corpus import SETS, Statistic
 from upslope.rewards.types import RewardOutput
 from upslope.rewards.worker import load_function
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.alarms import judged_worse
+from upslope.training.alarms import REWARD, better, judged_worse
 from upslope.training.collect import generate
 from upslope.training.episode import Episode
 from upslope.training.run import Run
 from upslope.training.scoring import Scorer, Source
 from upslope.training.state import RunState
 
+Kept = dict[
+    str, dict[str, list[float | None]]
+]  # scores: of a row, each completion's; sets: of a row, what is `resampled`
 HELD_OUT_STEP = 2**29  # a rollout number of its own: these random numbers are no training rollout's
-REWARD = "reward"
 
 
 @contextmanager
@@ -84,8 +86,6 @@ class TaskMetrics:
         single = [name for name in names if name not in METRICS or METRICS[name].source]
         self.sources = {source_name(name): source_of(name) for name in single}
         self.sets = {name: METRICS[name].set for name in names if name in METRICS and METRICS[name].set}
-        self.lower = [name for name in names if falls(name)]
-        self.judging = [source_name(name) for name in names if judges(name)]
 
     def __call__(self, episodes: Sequence[Episode], rows: Sequence[dict[str, Any]]) -> Measured:
         scores = {name: np.asarray(source(episodes, rows).score_B) for name, source in self.sources.items()}
@@ -117,10 +117,10 @@ class Watched:
 
     def measure(
         self, run: Run, stage: str, step: int, engine: Engine, scorer: Scorer | None = None
-    ) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+    ) -> tuple[dict[str, float], Kept]:
         """Answer the prompts, record each metric and the reward with its interval. Raises StopAsked.
 
-        Returns what was recorded, and the scores of single completions, by which a later measurement is compared.
+        Returns what was recorded, and by what a later measurement is compared.
         """
         keys = list(range(len(self.prompts)))
         rows = [p.row for p in self.prompts]
@@ -129,17 +129,23 @@ class Watched:
         )
         measured = self.metrics(episodes, rows)
         statistics = {name: measured.statistics()[name] for name in self.metrics.names}
-        single = dict(measured.scores)
+        single = {f"task: {name}": v for name, v in measured.scores.items() if name not in measured.sets}
         if scorer is not None:
             scorer.score(episodes, rows)
             single[REWARD] = np.array([math.nan if e.total is None else e.total for e in episodes])
             statistics[REWARD] = _mean_of(single[REWARD])
+            for name in (source.name for source in scorer.sources):
+                single[f"reward: {name}"] = np.array([e.rewards.get(name, math.nan) for e in episodes])
         found: dict[str, float] = {}
+        kept: Kept = {"scores": {name: _numbers(values) for name, values in single.items()}, "sets": {}}
         for name, statistic in statistics.items():
-            e = estimate(statistic, len(episodes), seed=run.recipe.seed)
+            values = resampled(statistic, len(episodes), seed=run.recipe.seed)
+            if name in measured.sets:
+                kept["sets"][f"task: {name}"] = _numbers(values)
+            e = estimate(name, values)
             found |= {f"task/{name}": e.value, f"task/{name}_low": e.low, f"task/{name}_high": e.high}
         run.record("eval", stage=stage, step=step, metrics=found)
-        return found, {name: [float(v) if np.isfinite(v) else None for v in values] for name, values in single.items()}
+        return found, kept
 
     def measure_model(self, engines: Engines, stage: str, model: Trunk, step: int) -> dict[str, float]:
         """What a stage's model comes to at its end."""
@@ -161,27 +167,29 @@ def watch_task(
     seen = state.extra.get("held_out", {})
     if watched is None or not every or seen.get("at") == at or (at % every and at < steps):
         return {}
-    metrics, scores = watched.measure(run, state.stage, at, load(), scorer)
-    first = seen.get("first", scores)
-    paid = {source_name(name) for name in (run.recipe.rl.rewards if run.recipe.rl else {})}
-    compared = {n: s for n, s in scores.items() if n == REWARD or (n in watched.metrics.judging and n not in paid)}
-    message = judged_worse(*_changes(first, compared, run.recipe.seed), lower=watched.metrics.lower)
+    metrics, now = watched.measure(run, state.stage, at, load(), scorer)
+    start = seen.get("start", now)
+    message = judged_worse(changes(start, now, run.recipe.seed), better(run.recipe))
     if message and not seen.get("alarm"):
         run.record("alarm", stage=state.stage, step=at, name="task_worse", message=message)
-    state.extra["held_out"] = {"at": at, "first": first, "alarm": bool(message)}
+    state.extra["held_out"] = {"at": at, "start": start, "alarm": bool(message)}
     return metrics
 
 
-def _changes(
-    first: dict[str, list[float | None]], now: dict[str, list[float | None]], seed: int
-) -> tuple[dict[str, list[Estimate]], dict[str, float]]:
-    """(changes since the start, paired over prompts; 1 for the reward, 0 for what nothing is paid for)."""
-    found: dict[str, list[Estimate]] = {}
-    for name, scores in now.items():
-        pairs = [(a, b) for a, b in zip(first[name], scores, strict=True) if a is not None and b is not None]
-        if pairs:
-            found[name] = [Estimate(*interval(np.array([b - a for a, b in pairs]), seed=seed))]
-    return found, {name: float(name == REWARD) for name in found}
+def changes(start: Kept, now: Kept, seed: int) -> dict[str, Estimate]:
+    """Of each row, the change since the start, paired over prompts."""
+
+    def both(kind: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for name, values in now[kind].items():
+            yield name, np.array(start[kind][name], dtype=np.float64), np.array(values, dtype=np.float64)
+
+    found = {name: change_of(before_P, after_P, seed=seed) for name, before_P, after_P in both("scores")}
+    return found | {name: estimate(name, after - before) for name, before, after in both("sets")}
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """As JSON has them: None where one failed, which is nan again in an array."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _mean_of(values: np.ndarray) -> Statistic:

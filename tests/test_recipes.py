@@ -47,6 +47,15 @@ ROWS = {
         for n in range(60)
         for topic in ("crude", "grain", "gold")
     ],
+    "encoder-pretrain": [
+        {
+            "description": f"A {w} is for {section}. It is number {n} of its kind.",
+            "section": section,
+            "source": f"{w}{n}",
+        }
+        for n, w in ((n, w) for n in range(8) for w in WORDS)
+        for section in ("games", "mail")
+    ],
     "spam-classification": [
         {"text": f"{says} {WORDS[n % 10]}, number {n}", "label": label, "thread": f"{label} {n}"}
         for n in range(60)
@@ -84,9 +93,15 @@ ROWS = {
     ],
     "fluency": SNIPPETS,
 }
+ROWS["spelling-loop"] = ROWS["spelling-encdec"]
+KEPT = {
+    "topic-classification": "data.keep={topic = ['crude', 'grain', 'gold']}",
+    "encoder-pretrain": "data.keep={section = ['games', 'mail']}",
+}
 for name in (
     "spelling-correction",
     "spelling-encdec",
+    "spelling-loop",
     "word-qa",
     "retrieval",
 ):  # its stem
@@ -113,8 +128,7 @@ def tiny(name, recipe):
     chooses = bool(recipe.data.classes or recipe.data.passages)
     kind = recipe.model.kind if not isinstance(recipe.model, str) else "encoder" if chooses else "decoder"
     over = [f"model={{kind = '{kind}', width = 32, layers = 1, context = 128, vocab = 300}}", *SMOKE]
-    if chooses and recipe.data.keep.get("topic"):
-        over += ["data.keep={topic = ['crude', 'grain', 'gold']}"]
+    over += [KEPT[name]] if name in KEPT else []
     return [*over, f"rl.max_tokens={1 if chooses else 8}"]
 
 
@@ -136,6 +150,8 @@ def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_d
     for stage in recipe.stages:
         over += [f"{stage}.steps=2"] + ([f"{stage}.batch=4"] if stage != "rl" else [])
         over += [f"{stage}.freeze_layers=0"]
+    if recipe.expert:  # a model that has learned nothing writes no right word, and would be refused
+        over += ["expert.prompts=8", "expert.max_tokens=8", "expert.min_score=none"]
     if recipe.rl.algorithm == "ppo" and name == "sentiment-ppo":
         over += ["rl.ppo.prompts=4"]
     if any(source.startswith("likelihood:") for source in recipe.rl.rewards):  # a judge that needs no network
@@ -149,3 +165,23 @@ def test_a_recipe_runs_from_its_first_stage_to_its_table(name, tmp_path, model_d
     assert [f"task: {metric}" for metric in measured] == [n for n in names if n.startswith("task: ")]
     assert ("baseline" in table["columns"]) == (recipe.task.baseline is not None)
     assert not [e for e in events if e["kind"] == "account" and "malformed" in e["text"]]
+    assert any("valid/next_accuracy" in e.get("metrics", {}) for e in events) == recipe.data.next
+
+
+def test_a_second_turn_of_the_loop_begins_with_the_model_of_the_first(tmp_path):
+    recipe = load_recipe("spelling-loop")
+    assert recipe.rl and recipe.expert and recipe.expert.min_score == sum(recipe.rl.rewards.values())  # all right
+    small = [*SMOKE, "rl.max_tokens=8", "expert.prompts=8", "expert.max_tokens=8", "expert.min_score=none"]
+    small += ["expert.steps=2", "expert.batch=4"]
+    shape = "model={kind = 'encdec', width = 32, layers = 1, context = 128, vocab = 300}"
+
+    def turn(number, *over):
+        rows, out = ROWS["spelling-loop"], tmp_path / str(number)
+        folder = upslope.train("spelling-loop", *small, *over, rows=rows, out=out, plain=True)
+        return folder, read_events(folder / "events.jsonl")
+
+    first, told = turn(1, shape, "sft.steps=2", "sft.batch=4")
+    _, again = turn(2, f"model={first / 'expert' / 'model'}", "sft=none")
+    (split,), (same_split,) = ([e["text"] for e in t if e.get("text", "").startswith("split: ")] for t in (told, again))
+    assert split == same_split
+    assert {e["stage"] for e in again if e["kind"] == "step"} == {"rl", "expert"}

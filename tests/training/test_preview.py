@@ -129,6 +129,10 @@ def test_an_encoders_texts_are_shown_as_they_are_masked_from_and_one_that_should
     recipe = {"model": shape, "data": data, "pretrain": {"steps": 1}}
     said = told(recipe, make_rows(), capsys, examples=1)
     assert "pretrain: train texts: " in said and "of which some are masked at each step" in said
+    chooses = recipe | {"data": data | {"classes": "label"}, "sft": {"steps": 1}}
+    said = told(chooses, make_rows(), capsys, examples=1)
+    pretrain, sft = (line for line in said.splitlines() if line.startswith("    <|begin|>|"))
+    assert "[[" not in pretrain and sft.endswith(("[[fresh]]", "[[rotten]]"))  # read as text, written as a label
     with pytest.raises(ModelError, match=r"an encoder, which writes no text, and \[sft\] asks it to; set data.classes"):
         told(recipe | {"sft": {"steps": 1}}, make_rows(), capsys)
     recipe["model"] = shape | {"kind": "decoder"}

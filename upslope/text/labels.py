@@ -18,6 +18,7 @@ class LabelTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: Tokenizer, labels: Sequence[str]) -> None:
         super().__init__(tokenizer.inner, tokenizer.source, for_sources=tokenizer.for_sources)
+        self.reader = tokenizer
         self.labels = tuple(labels)
         self.vocab_size = len(self.labels)
         self.eos_id = tuple(range(len(self.labels)))  # type: ignore[assignment] # the engine takes several
@@ -30,7 +31,7 @@ class LabelTokenizer(Tokenizer):
 
     def source_pieces(self, ids: Sequence[int]) -> list[str]:
         """The tokens of a prompt as text, which are not labels."""
-        return Tokenizer(self.inner, self.source, for_sources=self.for_sources).pieces(ids)
+        return self.reader.pieces(ids)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer of its prompts; the labels stand in the model's configuration."""

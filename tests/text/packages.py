@@ -46,6 +46,7 @@ TURNS = [["Hi", "there"], ["Hello."], ["How  are you?"]]
 CHATS = {
     "a": {"messages": [[{"text": text} for text in turn] for turn in TURNS], "prompt": "What if?"},
     "b": {"messages": [[{"text": "nobody answers"}]], "prompt": "Why?"},
+    "c": {"messages": [[{"text": "Pizza?"}], [{"text": "Yes."}]]},  # the earliest have no prompt
 }
 HEAD = "Category\tText\nd\tstring\nclass\t\n"
 PACKAGE_LIST = """Package: dog-data

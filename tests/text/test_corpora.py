@@ -117,6 +117,7 @@ def test_replies_follow_what_was_said_and_a_turn_is_all_that_one_says():
     assert corpora.corpus("dialogue") == [
         {"before": "", "said": "Hi there", "reply": "Hello.", "conversation": "a", "about": "What if?"},
         {"before": "Hi there", "said": "Hello.", "reply": "How are you?", "conversation": "a", "about": "What if?"},
+        {"before": "", "said": "Pizza?", "reply": "Yes.", "conversation": "c", "about": ""},
     ]
 
 

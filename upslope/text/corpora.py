@@ -127,7 +127,7 @@ def dialogue() -> Iterator[Row]:
     """
     for name, conversation in json.loads(Path(resolve(CHATS)).read_text(encoding="utf-8")).items():
         turns = [" ".join(" ".join(part["text"] for part in turn).split()) for turn in conversation["messages"]]
-        about = str(conversation["prompt"])
+        about = str(conversation.get("prompt", ""))  # the earliest have none
         for before, said, reply in zip(["", *turns], turns, turns[1:], strict=False):
             yield {"before": before, "said": said, "reply": reply, "conversation": name, "about": about}
 

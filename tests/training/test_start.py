@@ -119,7 +119,7 @@ def test_weights_are_of_the_seed():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"widht": 8}, r"unknown key 'model.widht'; did you mean 'width'\?"),
+        ({"widht": 8}, r"unknown key 'model.widht'; did you mean 'model.width'\?"),
         ({"heads": 3}, r"model: width = 16 does not divide among 3 heads; set heads to a divisor"),
         ({"kv_heads": 3}, r"model: 4 heads do not divide among kv_heads = 3"),
         ({"heads": 16}, r"gives each an odd share"),

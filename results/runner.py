@@ -57,8 +57,8 @@ class Session:
                     remedy = f"delete {folder} to run it anew, or check that commit out to finish it"
                     raise RunError(f"{job.name} was begun with the code of {then}, not today's", remedy)
                 self.out.mkdir(parents=True, exist_ok=True)
-                others = [path.parent for path in sorted(self.out.glob("*/recipe.json")) if same_code(path.parent)]
-                others = [other for other in others if other != folder]
+                others = [path.parent for path in sorted(self.out.glob("*/recipe.json")) if path.parent != folder]
+                others = [other for other in others if same_code(other)]
                 if shared := begin_from(others, folder, table):
                     (folder / FROM).write_text(shared, encoding="utf-8")
                     print(shared, flush=True)

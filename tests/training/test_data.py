@@ -94,3 +94,11 @@ def test_a_reference_may_be_a_number_whatever_its_column_is_called(name):
     splits = load_splits(book := Accounts(recipe), recipe.data, 1, rows)
     assert {row["reference"] for side in splits.values() for row in side} == {str(n) for n in range(60) if n != 7}
     assert f"1 without {name} (first: row 7)" in book.told[0]
+
+
+def test_labels_need_no_side_that_nothing_is_measured_on():
+    data = {"rows": "given", "text": "t", "classes": "label", "valid": 0.0, "test": 0.3}
+    rl = {"reward": "a:b", "max_tokens": 1}
+    recipe = load_recipe({"model": "none", "data": data, "rl": rl})
+    rows = [{"t": f"text {n}", "label": "ab"[n % 2]} for n in range(60)]
+    assert len(load_splits(Accounts(recipe), recipe.data, 1, rows)["valid"]) == 0

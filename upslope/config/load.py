@@ -177,7 +177,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         names = _fields_at(table)
         above = [str(part) for part in table if not _is_union_tag(part)]
         close = [".".join([*above, name]) for name in difflib.get_close_matches(key, names, 1)]
-        inside = [f"{name}.{key}" for name in ("limits", *names) if not table and key in _fields_at((name,))]
+        inside = [f"{name}.{key}" for name in names if not table and key in _fields_at((name,))]
         near = [f"limits.{key}"] if key in Limits.model_fields else inside or close
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(names)}"
         return f"recipe: unknown key {where!r}{others}", remedy

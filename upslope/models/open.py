@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from upslope.models.encoder import Encoder, EncoderConfig
 from upslope.models.encoder_hf import MODEL_TYPES as ENCODERS
 from upslope.models.encoder_hf import load_encoder, save_encoder
 from upslope.models.encoder_runner import EncoderRunner
-from upslope.models.fallback import Fallback, FallbackRunner, load_fallback, save_fallback
+from upslope.models.fallback import CONTEXTS, Fallback, FallbackRunner, load_fallback, save_fallback
 from upslope.models.gguf import read_gguf
 from upslope.models.hf import download, load_decoder, read_config, save_decoder
 from upslope.models.lstm import LSTM, MODEL_TYPE, LSTMConfig, LSTMRunner, load_lstm, save_lstm
@@ -28,8 +29,6 @@ from upslope.models.names import HUGGING_FACE
 from upslope.models.runner import DecoderRunner
 from upslope.models.stack import StackConfig
 from upslope.models.trunk import Runner, Trunk
-
-CONTEXTS = ("max_position_embeddings", "n_positions", "context")  # keys of configurations
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,17 @@ def load_model(source: Path | str, *, dtype: torch.dtype = torch.float32) -> Tru
 
 @dataclass(frozen=True)
 class Outline:
-    """What a model is. kind: a key of KINDS; context: how many tokens it sees, None where that is not written."""
+    """What a model is. kind: a key of KINDS; written: how many tokens it sees, None where config.json has no key."""
 
     kind: str
     needs_source: bool
-    context: int | None
+    written: int | None
+    file: Path | None = field(default=None, compare=False)
+
+    @cached_property
+    def context(self) -> int | None:
+        """How many tokens it sees; of a GGUF file by its header, which takes seconds and so waits until it is asked."""
+        return read_gguf(self.file)[0].context if self.file else self.written
 
 
 def outline(source: Path | str | Scratch) -> Outline:
@@ -146,9 +151,9 @@ def outline(source: Path | str | Scratch) -> Outline:
     kind = _kind_at(path)
     name = next(name for name, known in KINDS.items() if known is kind)
     if path.is_file():
-        return Outline(name, False, read_gguf(path)[0].context)
+        return Outline(name, False, None, path)
     raw = read_config(path)
-    found = (raw[key] for key in CONTEXTS if isinstance(raw.get(key), int))
+    found = (raw[key] for key in (*CONTEXTS, "context") if isinstance(raw.get(key), int))
     return Outline(name, kind.trunk.needs_source, next(found, None))
 
 

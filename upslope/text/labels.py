@@ -40,13 +40,14 @@ class LabelTokenizer(Tokenizer):
 
 def labels_of(rows: Dataset, classes: str) -> tuple[str, ...]:
     """The labels of the training side, sorted. Raises DataError for fewer than two, or one that is a list."""
-    for row, value in zip(row_numbers(rows), rows[classes], strict=True):
+    values = rows[classes]
+    for row, value in zip(row_numbers(rows), values, strict=True):
         if isinstance(value, list | tuple | dict):
             raise DataError(
                 f"row {row} has {value!r:.80} in column {classes!r}, and a class is one label",
                 "name a column of texts or numbers in data.classes",
             )
-    labels = sorted({str(value) for value in rows[classes] if _is_there(value)})
+    labels = sorted({str(value) for value in values if _is_there(value)})
     if len(labels) < 2:
         raise DataError(
             f"the training side has {len(labels)} labels in column {classes!r}: nothing to choose",
@@ -58,7 +59,7 @@ def labels_of(rows: Dataset, classes: str) -> tuple[str, ...]:
 def with_known_labels(rows: Dataset, labels: Sequence[str], classes: str) -> tuple[Dataset, Account]:
     """The rows of another side whose labels the training side has, too, or that have none."""
     account, known, kept = Account(len(rows)), set(labels), []
-    for n, (row, value) in enumerate(zip(row_numbers(rows), rows[classes] if len(rows) else [], strict=True)):
+    for n, (row, value) in enumerate(zip(row_numbers(rows), rows[classes], strict=True)):
         if _is_there(value) and str(value) not in known:
             account.drop(f"of label {str(value)!r:.80}, which the training side lacks", row)
         else:

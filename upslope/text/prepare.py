@@ -234,16 +234,16 @@ def _fitting(rows: Dataset, made: Iterable[Learned | str], max_tokens: int) -> t
     account = Account(len(rows), unit="examples")
     kept = Examples()
     for n, (number, found) in enumerate(zip(row_numbers(rows), made, strict=True)):
-        ids, learned = found if not isinstance(found, str) else ([], [])
-        reason = found if isinstance(found, str) else None
-        if reason is None and len(ids) > max_tokens:
+        if isinstance(found, str):
+            reason = found
+        elif len(found[0]) > max_tokens:
             reason = f"longer than {max_tokens} tokens"
-        elif reason is None and (len(ids) < 2 or not any(learned[1:])):
+        elif len(found[0]) < 2 or not any(found[1][1:]):
             reason = "with nothing to learn"
-        if reason is None:
-            kept.append(Example(ids, learned, number))
         else:
-            account.drop(reason, number, "" if reason in account.dropped else rows[n])
+            kept.append(Example(*found, number))
+            continue
+        account.drop(reason, number, "" if reason in account.dropped else rows[n])
     return kept, account.close(len(kept))
 
 

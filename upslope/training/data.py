@@ -71,7 +71,7 @@ def load_splits(run: Book, data: Data, seed: int, rows: Any = None) -> Splits:
     run.account(f"split: {account}", None, account.examples())
     if data.classes:
         labels = labels_of(splits["train"], data.classes)
-        for side in ("valid", "test"):
+        for side in (name for name in ("valid", "test") if len(splits[name])):
             splits[side], account = with_known_labels(splits[side], labels, data.classes)
             if account.dropped:
                 run.account(f"{side} rows: {account}")
@@ -94,12 +94,10 @@ def what_repeats(recipe: Recipe, columns: Sequence[str]) -> list[str]:
         return [data.text]
     ends = [task.reference, data.completion, data.messages, data.chosen, data.rejected, data.passages, data.classes]
     learned = [column for column in ends if column in columns]
-    about = task.columns or [data.prompt or ""]
-    return (
-        list(dict.fromkeys(c for c in [*about, *learned] if c))
-        if learned
-        else [c for c in columns if c != cleaning.ROW_NUMBER]
-    )
+    if not learned:
+        return [column for column in columns if column != cleaning.ROW_NUMBER]
+    about: list[str | None] = [*task.columns] or [data.prompt]
+    return [column for column in dict.fromkeys([*about, *learned]) if column]
 
 
 def with_task(table: Dataset, task: Task, name: str) -> Dataset:

@@ -33,9 +33,8 @@ from upslope.training.run import Run
 from upslope.training.scoring import Scorer, Source
 from upslope.training.state import RunState
 
-Kept = dict[
-    str, dict[str, list[float | None]]
-]  # scores: of a row, each completion's; sets: of a row, what is `resampled`
+# scores: of a row, each completion's; sets: of a row, what is `resampled`
+Kept = dict[str, dict[str, list[float | None]]]
 HELD_OUT_STEP = 2**29  # a rollout number of its own: these random numbers are no training rollout's
 
 

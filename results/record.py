@@ -76,7 +76,7 @@ def stage_cost(stage: str, folder: Path, events: list[dict[str, Any]]) -> dict[s
         "samples": samples,
         "tokens_read": sum(m.get("tokens/read", 0.0) for m in found),
         "tflop": round(sum(m.get("compute/tflop", 0.0) for m in found), 4),
-        "seconds": round(done["time/stage_s"], 1),
+        "seconds": round(done["time/stage_s"], 3),
         "peak_gb": round(done["memory/peak_gb"], 2),
     }
 

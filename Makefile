@@ -19,8 +19,8 @@ check: setup
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-results: setup  # every recipe against its supervised start, what has no record yet; writes docs/results.md
-	$(BIN)/python -m results
+results: setup  # every recipe against its supervised start, what has no record yet, two at once; writes docs/results.md
+	$(BIN)/python -m results --at-once 2
 
 learning: setup  # every algorithm on two small tasks; writes its table into docs/algorithms.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.learning

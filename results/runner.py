@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 from benchmarks.runner import git
 from results.plan import Job
 from results.record import read_records, record_of, stands_for, write_record
 from upslope.config import load_recipe
 from upslope.errors import RunError
-from upslope.training.process import Process
+from upslope.training.process import Process, passing_signals_on
 from upslope.training.share import begin_from
 from upslope.training.sweep import finished
 
@@ -21,32 +24,57 @@ COMMIT = "commit.txt"  # and the commit that began it
 
 @dataclass
 class Session:
-    """What one command runs. failed: name of a run -> why it did not get to its end."""
+    """What one command runs. at_once: runs at a time; failed: name of a run -> why it did not get to its end."""
 
     out: Path
     records: Path
     size: str
     plain: bool | None = None
-    process: Process = field(default_factory=Process)
+    at_once: int = 1
     failed: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Every run that has no record of the recipe as it is now. A failed one stops no other, Ctrl-C stops all."""
-        self.process.plain = self.plain
+        """Every run that has no record of the recipe as it is now. A failed one stops no other, Ctrl-C stops all.
+
+        Runs of one recipe and seed wait for each other, for what they share; of several at once each has its part of
+        the cores, and its lines go to OUT/NAME.log.
+        """
         known = read_records(self.records)
         waiting = [job for job in jobs if not stands_for(known.get(job.name), job)]
         print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} recorded before", flush=True)
-        with self.process.passing_signals_on():
-            for number, job in enumerate(waiting, 1):
-                if self.process.stop_requests:
-                    break
-                print(f"\n{number} of {len(waiting)}: {job.command}", flush=True)
-                reason = self.once(job)
-                if reason and not self.process.stop_requests:
-                    self.failed[job.name] = reason
-                    print(f"{job.name} failed: {reason}", flush=True)
+        numbers = {job.name: f"{number} of {len(waiting)}" for number, job in enumerate(waiting, 1)}
+        processes = [Process(self.plain) for _ in range(self.at_once)]
+        if self.at_once > 1:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.at_once)))
+        idle = SimpleQueue[Process]()
+        for process in processes:
+            idle.put(process)
 
-    def once(self, job: Job) -> str:
+        def follow(chain: Sequence[Job]) -> None:
+            process = idle.get()
+            try:
+                for job in chain:
+                    if not process.stop_requests:
+                        self.one(job, numbers[job.name], process)
+            finally:
+                idle.put(process)
+
+        with passing_signals_on(processes), ThreadPoolExecutor(self.at_once) as pool:
+            list(pool.map(follow, chains(waiting)))
+        self.stopped = any(process.stop_requests for process in processes)
+
+    def one(self, job: Job, number: str, process: Process) -> None:
+        """Run it and say how it went."""
+        process.output = self.out / f"{job.name}.log" if self.at_once > 1 else None
+        print(f"\n{number}: {job.command}" + (f" > {process.output}" if process.output else ""), flush=True)
+        reason = self.once(job, process)
+        if reason and not process.stop_requests:
+            self.failed[job.name] = reason
+            print(f"{job.name} failed: {reason}", flush=True)
+
+    def once(self, job: Job, process: Process) -> str:
         """Bring one run to its end and record it; "" where that went well."""
         folder = job.folder(self.out)
         try:
@@ -64,7 +92,7 @@ class Session:
                     print(shared, flush=True)
                 folder.mkdir(exist_ok=True)
                 (folder / COMMIT).write_text(commit_of(folder) or git("rev-parse", "HEAD"), encoding="utf-8")
-                if reason := self.process.run(table, folder):
+                if reason := process.run(table, folder):
                     return reason
         except RunError as error:
             return str(error)
@@ -84,6 +112,14 @@ class Session:
         if not model.is_dir():
             raise RunError(f"{job.before} is not finished", "run it to its end first")
         return [f"model={model.resolve()}"]
+
+
+def chains(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The runs of one recipe and seed in their order; first comes what has the first run."""
+    found: dict[tuple[str, int], list[Job]] = {}
+    for job in jobs:
+        found.setdefault((job.recipe, job.seed), []).append(job)
+    return list(found.values())
 
 
 def commit_of(folder: Path) -> str:

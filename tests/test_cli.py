@@ -9,7 +9,7 @@ from upslope.config import shipped_recipes
 
 
 def upslope(*arguments, stdin=""):
-    command = [sys.executable, "-c", "from upslope.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "upslope", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=120)
 
 
@@ -40,6 +40,10 @@ def test_help_is_instant():
         (("sweep", "sentiment-ppo", "rl.lam=0.9,1", "--metric", "x"), "add --search 20"),
         (("compare", "nowhere"), "holds no run and no sweep"),
         (("train", "sentiment-ppo", "rl.kl=0.2"), "write -s rl.kl=0.2"),
+        (
+            ("train", "spelling-correction", "-s", "rl.reward.accuracy=0.5"),
+            "reward is 'accuracy', not a table; shorten the key, or write -s 'rl.reward={ accuracy = 0.5 }' for a table",
+        ),
         (("train",), "error: missing argument 'recipe'; see upslope train --help"),
         (("trian",), "error: no such command 'trian'"),
     ],

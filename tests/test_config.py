@@ -62,7 +62,7 @@ def refused(*overrides):
         ("=3", "override '=3' has no key"),
         ("rl.kll=0.1", "unknown key 'rl.kll'; did you mean 'rl.kl'?"),
         ("lr=1", "unknown key 'lr'; did you mean 'optim.lr'?"),
-        ("model.x=1", "model is a value, not a table"),
+        ("model.x=1", ", not a table; shorten the key"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(override, message):

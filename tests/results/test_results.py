@@ -14,6 +14,7 @@ from results import page
 from results.__main__ import main
 from results.plan import Arm, Group, Job, chosen, read_plan
 from results.record import RECORDS, read_records, stands_for, total
+from results.runner import chains
 from results.table import Outcome, outcomes, pooled
 from tests.conftest import make_recipe
 from upslope.errors import RecipeError, RunError
@@ -176,15 +177,16 @@ def test_the_pages_say_what_the_records_say(place):
     assert "a tiny one" in pages[0] and "很小的" in pages[1]
 
 
-def test_it_is_stopped_by_ctrl_c_and_carries_on(tmp_path, model_dir, rows):
+def test_two_runs_at_once_are_stopped_by_one_ctrl_c_and_carry_on(tmp_path, model_dir, rows):
     place = make_place(tmp_path / "place", model_dir, rows)
     recipe = (place / "tiny.toml").read_text().replace("steps = 3", "steps = 400", 1)  # of sft: time to be struck in
     (place / "tiny.toml").write_text(recipe)
-    command = [sys.executable, "-m", "results", *arguments(place, "tiny-ppo-1")]
+    command = [sys.executable, "-m", "results", *arguments(place, "tiny-ppo"), "--at-once=2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = place / "runs" / "tiny-ppo-1" / "events.jsonl"
+    folders = [place / "runs" / f"tiny-ppo-{seed}" for seed in (1, 2)]
+    logs = [folder / "events.jsonl" for folder in folders]
     end = time.monotonic() + 300
-    while '"step"' not in (log.read_text() if log.is_file() else "") and time.monotonic() < end:
+    while not all(log.is_file() and '"step"' in log.read_text() for log in logs) and time.monotonic() < end:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
@@ -192,7 +194,25 @@ def test_it_is_stopped_by_ctrl_c_and_carries_on(tmp_path, model_dir, rows):
     assert not (place / "records").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert list(read_records(place / "records")) == ["tiny-ppo-1"]
+    assert sorted(read_records(place / "records")) == ["tiny-ppo-1", "tiny-ppo-2"]
+    for folder in folders:
+        assert "carries on after" in folder.with_name(f"{folder.name}.log").read_text()
+    assert "carries on after" not in done.stdout and str(folders[1].with_name("tiny-ppo-2.log")) in done.stdout
+
+
+def test_runs_of_one_recipe_and_seed_wait_for_each_other(place):
+    found = chains(chosen(read_plan(place / "plan.toml"), []))
+    assert [[job.name for job in chain] for chain in found] == [
+        ["tiny-ppo-1", "tiny-reinforce-1", "turns-first-1", "turns-second-1"],
+        ["tiny-ppo-2"],
+    ]
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_of_runs_at_once_that_is_none_is_told(place, monkeypatch, capsys, number):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, place, f"--at-once={number}")
+    assert f"'{number}' is no number of runs: write 1 or more" in capsys.readouterr().err
 
 
 def test_a_run_that_other_code_began_is_not_carried_on(tmp_path, monkeypatch, capsys, model_dir, rows):

@@ -156,10 +156,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = text.strip()  # a bare word is a string: -s model=my/folder
     *tables, leaf = key.strip().split(".")
     place = raw
-    for name in tables:
-        place = place.setdefault(name, {})
+    for depth, name in enumerate(tables, 1):
+        above, place = place, place.setdefault(name, {})
         if not isinstance(place, dict):
-            raise RecipeError(f"override {override!r}: {name} is a value, not a table", "shorten the key")
+            inner = f"{'.'.join([*tables[depth:], leaf])} = {json.dumps(value)}"
+            raise RecipeError(
+                f"override {override!r}: {name} is {above[name]!r}, not a table",
+                f"shorten the key, or write -s '{'.'.join(tables[:depth])}={{ {inner} }}' for a table in its place",
+            )
     place[leaf] = value
 
 

@@ -1,6 +1,7 @@
 """One run in a process of its own: its memory is given back at its end, and its death is nobody else's.
 
     reason = Process(plain=True).run(recipe, folder)       "" when the run got to its end, else why not, in one line
+    with passing_signals_on([process]): ...                Ctrl-C and SIGTERM go to the child, which saves and stops
 
 The other side is child.py. The parent keeps the child's standard input open; when it closes, because the parent has
 gone, the child saves itself and stops, as it does at Ctrl-C. The parent imports neither torch nor the loops.
@@ -12,8 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -30,9 +31,13 @@ REASON_BYTES = 1 << 16
 
 @dataclass
 class Process:
-    """Runs one recipe after another, each in a process; stop requests are passed on, and end with the last child."""
+    """Runs one recipe after another, each in a process; stop requests are passed on, and end with the last child.
+
+    output: a file that the child's lines are added to, instead of our own output.
+    """
 
     plain: bool | None = None
+    output: Path | None = None
     stop_requests: int = 0
     process: subprocess.Popen[bytes] | None = None
     kept_open: tuple[int, ...] = field(default=())  # files that live as long as the child: the lock of a sweep
@@ -47,13 +52,16 @@ class Process:
             ) from None
         reasons, say = os.pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", COMMAND, str(say)],
-            stdin=subprocess.PIPE,
-            pass_fds=(say, *self.kept_open),
-            env=environment,
-            start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
-        )
+        with self.output.open("ab") if self.output else nullcontext() as lines:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", COMMAND, str(say)],
+                stdin=subprocess.PIPE,
+                stdout=lines,
+                stderr=lines,
+                pass_fds=(say, *self.kept_open),
+                env=environment,
+                start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and is passed on once
+            )
         os.close(say)
         assert self.process.stdin is not None
         try:
@@ -68,26 +76,12 @@ class Process:
         finally:
             self._end(reasons)
 
-    @contextmanager
-    def passing_signals_on(self) -> Iterator[None]:
-        """First Ctrl-C or SIGTERM: the child saves and stops. Second: it stops at once. Third: it is killed."""
-
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            self.stop_requests += 1
-            if self.process is not None and self.process.poll() is None:
-                self.process.send_signal(signal.SIGINT if self.stop_requests < 3 else signal.SIGKILL)
-
-        before = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, ask)
-        except ValueError:  # not the main thread (a notebook's executor): the caller's handling stays
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def stop(self) -> None:
+        """Ask once: the child saves and stops. Twice: it stops at once. Three times: it is killed."""
+        self.stop_requests += 1
+        child = self.process  # another thread may be waiting for its end
+        if child is not None and child.poll() is None:
+            child.send_signal(signal.SIGINT if self.stop_requests < 3 else signal.SIGKILL)
 
     def _end(self, reasons: int) -> None:
         assert self.process is not None and self.process.stdin is not None
@@ -98,6 +92,27 @@ class Process:
         self.process.wait()
         os.close(reasons)
         self.process = None
+
+
+@contextmanager
+def passing_signals_on(processes: Sequence[Process]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask all of them to stop."""
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        for process in processes:
+            process.stop()
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:  # not the main thread (a notebook's executor): the caller's handling stays
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reason(reasons: int, code: int) -> str:

@@ -30,7 +30,7 @@ from upslope.observe.compare import compare, show
 from upslope.observe.runs import flat, objective, read_json, read_run, steps_of
 from upslope.observe.terminal import Terminal
 from upslope.training.axes import Axis, Planned, combinations, plan
-from upslope.training.process import Process
+from upslope.training.process import Process, passing_signals_on
 from upslope.training.search import choose_metric, data_of, direction_of, load_optuna, propose
 from upslope.training.share import begin_from
 
@@ -109,7 +109,7 @@ def run_sweep(
     with _locked(folder) as lock:
         process = Process(plain=plain, kept_open=(lock,))
         sweep = Sweep(folder, _opened(folder), process, Terminal(plain), reward, rows)
-        with process.passing_signals_on():
+        with passing_signals_on([process]):
             if search is None:
                 failed = _run_grid(sweep, axes, planned, seeds)
             else:

@@ -42,7 +42,7 @@ def test_help_is_instant():
         (("train", "sentiment-ppo", "rl.kl=0.2"), "write -s rl.kl=0.2"),
         (
             ("train", "spelling-correction", "-s", "rl.reward.accuracy=0.5"),
-            "reward is 'accuracy', not a table; shorten the key, or write -s 'rl.reward={ accuracy = 0.5 }' for a table",
+            "reward is 'accuracy', not a table; shorten the key, or write -s 'rl.reward={ accuracy = 0.5 }' for",
         ),
         (("train",), "error: missing argument 'recipe'; see upslope train --help"),
         (("trian",), "error: no such command 'trian'"),

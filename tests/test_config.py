@@ -40,7 +40,7 @@ def refused(*overrides):
         ("eval.judges=['a.py:f', 'b.py:f']", "eval.judges names 'a.py:f' and 'b.py:f', both called f"),
         ("optim.beta1=1.0", "optim.beta1 = 1.0 (and 1 more); input should be less than 1"),
         ("data.test=0", "data.test = 0 leaves no rows for the table at the end; set it above 0"),
-        ("data.rows=' '", "data: rows is empty; name one, or leave it out"),
+        ("data.rows=' '", "data: rows is empty; name one, or write none"),
         ("data.text=''", "data: text is empty"),
         ("seed=9223372036854775808", "input should be less than 9223372036854775808"),
         ("model=''", "model is empty"),
@@ -222,11 +222,12 @@ def test_what_a_recipe_says_stands_above_the_algorithms_row():
     assert load_recipe(BASE, ["rl.algorithm=reinforce", "rl.baseline=critic"]).rl.critic == "shared"
 
 
-def test_none_switches_off_a_number_that_may_be_absent():
+def test_none_switches_off_what_may_be_absent():
     rl = load_recipe(BASE, ["rl.value_clip=none"]).rl
     assert rl.value_clip is None
     assert "rl.lam = 'none'" in refused("rl.lam=none")
-    assert load_recipe(BASE, ["data.text=none"]).data.text == "none"  # a column may be called so
+    assert load_recipe(BASE | {"data": BASE["data"] | {"group": "film"}}, ["data.group=none"]).data.group is None
+    assert "data: names no column" in refused("data.text=none")
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "gkd"])

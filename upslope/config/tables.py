@@ -17,8 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _may_be_absent(annotation: Any) -> bool:
-    options = get_args(annotation)
-    return type(None) in options and str not in options
+    return type(None) in get_args(annotation)
 
 
 class Table(BaseModel):
@@ -27,7 +26,7 @@ class Table(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _none_is_a_word(cls, raw: Any) -> Any:
-        """TOML has no null: "none" switches off a number that may be absent."""
+        """TOML has no null: "none" switches off whatever may be absent."""
         if not isinstance(raw, Mapping):
             return raw
         off = {key for key, field in cls.model_fields.items() if _may_be_absent(field.annotation)}
@@ -38,7 +37,7 @@ def refuse_empty(table: Table) -> None:
     """Raise ValueError for a text that says nothing: an empty column is not the same as none."""
     empty = next((key for key, value in table if isinstance(value, str) and not value.strip()), None)
     if empty is not None:
-        raise ValueError(f"{empty} is empty: name one, or leave it out")
+        raise ValueError(f"{empty} is empty: name one, or write none")
 
 
 class Scratch(Table):

@@ -78,7 +78,8 @@ class Session:
         """Bring one run to its end and record it; "" where that went well."""
         folder = job.folder(self.out)
         try:
-            table = load_recipe(job.recipe, [*job.overrides, *self.begun(job)]).model_dump(mode="json")
+            recipe = load_recipe(job.recipe, [*job.overrides, *self.begun(job)])
+            table = recipe.model_dump(mode="json")
             if not finished(folder, table):
                 if folder.exists() and not same_code(folder):
                     then = commit_of(folder)[:7] or "no known commit"
@@ -92,7 +93,7 @@ class Session:
                     print(shared, flush=True)
                 folder.mkdir(exist_ok=True)
                 (folder / COMMIT).write_text(commit_of(folder) or git("rev-parse", "HEAD"), encoding="utf-8")
-                if reason := process.run(table, folder):
+                if reason := process.run(recipe.model_dump(mode="json", exclude_unset=True), folder):
                     return reason
         except RunError as error:
             return str(error)

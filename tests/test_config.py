@@ -66,7 +66,7 @@ def refused(*overrides):
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(override, message):
-    assert message in refused(override)
+    assert message in refused(override, *(["data.prompt_words=none"] if "task.prompt" in override else []))
 
 
 def test_a_recipe_needs_a_stage_and_its_keys():
@@ -273,3 +273,35 @@ def test_labels_are_prompts_enough_for_a_task():
         {"model": "m", "data": data, "task": {"reference": "kind", "metrics": ["accuracy"]}, "sft": {}}
     )
     assert recipe.evaluated
+
+
+def test_a_label_or_a_passage_is_one_token_long_whatever_writes_it():
+    for name in ("topic-classification", "retrieval"):
+        assert load_recipe(name).max_completion == load_recipe(name, ["rl=none"]).max_completion == 1
+
+
+def test_first_words_are_of_a_text():
+    data = {"rows": "r", "chosen": "c", "rejected": "d", "prompt_words": 3}
+    for columns in (data, {"rows": "r", "text": "t", "prompt": "p", "prompt_words": 3}):
+        with pytest.raises(
+            RecipeError, match="prompt_words are the first words of text; set text, and no data.prompt or task.prompt"
+        ):
+            load_recipe({"model": "m", "data": columns, "reward": {"steps": 1}, "rl": {"reward": "a:b"}})
+
+
+def test_a_reference_is_what_is_learned_behind_a_column_of_prompts_too():
+    recipe = {"model": "m", "data": {"rows": "r", "prompt": "q"}, "task": {"reference": "a"}, "sft": {"steps": 1}}
+    assert load_recipe(recipe).data.completion == "a"
+    assert load_recipe(recipe, ["data.completion=b"]).data.completion == "b"
+    passages = recipe | {"data": {"rows": "r", "prompt": "q", "passages": "p"}}
+    assert load_recipe(passages).data.completion == "a"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_what_a_recipe_leaves_open_is_open_still_when_a_process_is_given_it(name):
+    made = load_recipe(name)
+    again = load_recipe(made.model_dump(mode="json", exclude_unset=True))
+    assert again == made
+    for stage in made.stages:
+        one, other = (getattr(getattr(recipe, stage), "optim", None) for recipe in (made, again))
+        assert one is None or one.model_fields_set == other.model_fields_set

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from upslope.evaluate import Estimate, Outcome, estimates, interval, table_rows, without_score
+from upslope.evaluate import Estimate, Outcome, estimate, estimates, interval, table_rows, without_score
 
 
 def outcome(scores, nll=None, tokens=None):
@@ -62,3 +62,9 @@ def test_an_end_that_is_not_nothing_is_not_shown_as_nothing():
     assert Estimate(0.02, 0.0, 0.05).text(2, signed=True) == "+0.02 [+0.00, +0.05]"  # this end is 0
     assert Estimate(-1e-9, -1e-8, 1e-8).text(2) == "0.000 [0.000, 0.000]"  # as good as nothing, and without a sign
     assert Estimate(math.nan, math.nan, math.nan).text(2) == "-"
+
+
+def test_only_shares_of_words_end_at_one():
+    values = np.array([7.0, 6.5, 7.5, 7.2])
+    assert estimate("task: distinct_facts", values).high > 7.0
+    assert estimate("task: distinct_2", np.array([0.99, 0.5, 0.7])).high == 1.0

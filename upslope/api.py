@@ -26,6 +26,7 @@ from upslope.text.tokenizer import Tokenizer
 from upslope.training.axes import axis_of
 from upslope.training.parts import Given
 from upslope.training.pipeline import run_pipeline
+from upslope.training.reevaluate import reevaluate as evaluate_again
 from upslope.training.run import fast_dtype
 from upslope.training.sweep import run_sweep
 
@@ -49,6 +50,24 @@ def train(
     resolved = load_recipe(recipe, _with_reward(recipe, overrides, given))
     folder = Path(out) if out is not None else Path("runs") / resolved.name
     return run_pipeline(resolved, folder, given=given, plain=plain)
+
+
+def reevaluate(
+    run: str | Path,
+    *,
+    prompts: int | None = None,
+    judges: Sequence[str] = (),
+    draw: int = 0,
+    reward: Callable[..., Any] | None = None,
+    rows: Any = None,
+    plain: bool | None = None,
+) -> Path:
+    """Evaluate a finished run again on its held-out prompts; returns the folder, RUN/evaluations/N.
+
+    prompts: how many (default: the recipe's number); judges: more of them; draw: another number draws other
+    completions; reward, rows: what was given to `train`. Raises UpslopeError.
+    """
+    return evaluate_again(Path(run), prompts=prompts, judges=judges, draw=draw, given=Given(reward, rows), plain=plain)
 
 
 def sweep(

@@ -14,6 +14,7 @@ from upslope.algo.random import stream
 from upslope.rewards.corpus import Statistic, distinct_1, distinct_2
 
 DRAWS = 1000
+DISTINCT = ("distinct-1", "distinct-2", "distinct_1", "distinct_2")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def estimate(name: str, values: np.ndarray) -> Estimate:
     """
     value, samples = float(values[0]), values[1:]
     low, high = np.percentile(samples, [2.5, 97.5])
-    if name.removeprefix("task: ").startswith("distinct"):
+    if name.removeprefix("task: ") in DISTINCT:
         shift = value - samples.mean()
         low, high = low + shift, min(high + shift, 1.0)  # a share; that of a change, which is less, is left as it is
     return Estimate(value, float(low), float(high))

@@ -89,6 +89,21 @@ def test_an_objective_is_of_training_or_validation_and_of_the_last_stage(tmp_pat
     assert objective(run, "reward: r") is None
 
 
+def test_a_held_out_metric_is_of_the_model_that_a_stage_hands_on(tmp_path):
+    folder = make_run(tmp_path / "a", recipe={"sft": {"steps": 9}, "rl": None}, rewards=(), steps=9)
+    log = EventLog(folder / "events.jsonl", keep_bytes=(folder / "events.jsonl").stat().st_size)
+    for step, loss in ((0, 5.0), (3, 4.0), (6, 4.5), (9, 6.0)):
+        log.write("eval", stage="sft", step=step, metrics={"valid/loss": loss})
+    log.close()
+    assert objective(read_run(folder), "valid/loss", "sft") == 6.0  # not finished: as far as it came
+    (folder / "sft").mkdir()
+    (folder / "sft" / "done.json").write_text(json.dumps({"metrics": {"valid/loss": 4.0, "best/step": 3}}))
+    run = read_run(folder)
+    assert objective(run, "valid/loss") == objective(run, "valid/loss", "sft") == 4.0
+    assert objective(run, "valid/loss", "rl") is None
+    assert measures(run)["sft: valid/loss"] == 4.0
+
+
 def test_what_differs_is_found_and_named():
     a = {"seed": 1, "name": "a", "rl.lam": 1, "optim.lr": 1, "rl.optim.lr": 1, "sft.optim.lr": 7, "only": 2}
     b = {"seed": 2, "name": "b", "rl.lam": 2, "optim.lr": 2, "rl.optim.lr": 2, "sft.optim.lr": 7}

@@ -23,7 +23,7 @@ def make_library():
         ]
 
     def get_score_answer_fn(name):
-        return lambda answer, entry: float(answer == str(entry["answer"]))
+        return lambda answer, entry: float(int(answer) == int(entry["answer"]))
 
     return SimpleNamespace(create_dataset=create_dataset, get_score_answer_fn=get_score_answer_fn)
 
@@ -48,6 +48,7 @@ def test_a_source_names_the_generator_its_size_its_seed_and_its_settings(stand_i
 def test_the_verifier_scores_by_the_generators_rule(stand_in):
     rows = reasoning.puzzles("sums?size=2&seed=2")
     assert verifier(["", ""], [" 2\n", "7"], rows) == [1.0, 0.0]
+    assert verifier(["", ""], ["two", "3"], rows) == [0.0, 1.0]  # the rule cannot read the first
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):

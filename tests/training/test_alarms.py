@@ -18,7 +18,7 @@ from upslope.observe.events import read_events
 from upslope.observe.report import write_report
 from upslope.training import rl as rl_module
 from upslope.training import supervised
-from upslope.training.alarms import ALARMS, FIRST, LAST, SKIPS_ALLOWED, WINDOW, alarms, better, judged_worse
+from upslope.training.alarms import ALARMS, FIRST, LAST, SKIPS_ALLOWED, WINDOW, alarms, judged_worse
 from upslope.training.final import record_comparison
 from upslope.training.run import Run
 
@@ -111,6 +111,25 @@ def test_a_reward_that_rises_while_an_unpaid_metric_falls():
     assert "while learned falls" in told(learned[-1], learned[:-1], unpaid)["reward_without_metric"]
 
 
+def test_an_unpaid_metric_that_is_better_when_it_falls_may_fall():
+    rl = RL(reward={"chrf": 1.0, "ter": 0.0})
+    noise = [0.02, -0.01, 0.0, 0.01, -0.02]
+
+    def rollouts(way):
+        return [
+            {"reward/mean": 0.1 * i + noise[i % 5], "reward/ter": way * 0.05 * i + noise[i % 5]} for i in range(LAST)
+        ]
+
+    falling, rising = rollouts(-1), rollouts(1)
+    assert told(falling[-1], falling[:-1], rl) == {}
+    assert "while ter rises" in told(rising[-1], rising[:-1], rl)["reward_without_metric"]
+
+
+def test_what_a_teacher_tells_needs_no_reward():
+    rl = RL(algorithm="gkd", teacher="m")
+    assert told({"reward/std": 0.0}, rl=rl) == {}
+
+
 def made_up(first, second, names=("reward: r", "judge: j")):
     """One outcome of 40 prompts, by two means and the same noise about them."""
     noise = np.linspace(-1, 1, 40)
@@ -150,7 +169,7 @@ def test_each_metric_judge_and_part_is_watched_the_way_that_is_better(recipe):
     recipe |= {"task": {"reference": "text", "metrics": ["chrf", "ter", "macro_f1", "vader"]}}
     recipe["rl"]["reward"] = {"chrf": 1.0, "length_words": -0.1, "ter": 0.0, "vader": 0.0}
     recipe["eval"] |= {"judges": ["ter", "vader"]}
-    assert better(load_recipe(recipe)) == {
+    assert load_recipe(recipe).better == {
         "task: chrf": 1,
         "task: ter": -1,
         "task: macro_f1": 1,  # neither way of sentiment is the task's

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from upslope.config import load_recipe
+from upslope.config.recipe import PROMPT
 from upslope.training.data import load_splits
 
 
@@ -102,3 +103,18 @@ def test_labels_need_no_side_that_nothing_is_measured_on():
     recipe = load_recipe({"model": "none", "data": data, "rl": rl})
     rows = [{"t": f"text {n}", "label": "ab"[n % 2]} for n in range(60)]
     assert len(load_splits(Accounts(recipe), recipe.data, 1, rows)["valid"]) == 0
+
+
+def test_a_template_takes_numbers_and_columns_that_are_called_numbers():
+    recipe = load_recipe(
+        {
+            "model": "none",
+            "data": {"rows": "given", "valid": 0.3, "test": 0.3},
+            "task": {"prompt": "{0} squared is ", "reference": "square", "metrics": ["exact_match"]},
+            "sft": {"steps": 1},
+        }
+    )
+    rows = [{"0": n, "square": n * n} for n in range(60)]
+    splits = load_splits(book := Accounts(recipe), recipe.data, 1, rows)
+    assert "60 rows of 60; nothing dropped" in book.told[0]
+    assert {row[PROMPT] for side in splits.values() for row in side} == {f"{n} squared is " for n in range(60)}

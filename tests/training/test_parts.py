@@ -1,7 +1,10 @@
 """What the stages of a run share."""
 
 from upslope.config import load_recipe
-from upslope.training.parts import with_room
+from upslope.training.heldout import MetricSource
+from upslope.training.parts import Given, Pipeline, with_room
+from upslope.training.run import Run
+from upslope.training.scoring import FunctionSource
 
 
 def test_micro_batches_grow_with_a_gpu_unless_the_recipe_says_how_large_they_are(recipe):
@@ -17,3 +20,28 @@ def test_micro_batches_grow_with_a_gpu_unless_the_recipe_says_how_large_they_are
     )
     assert small.sft.optim.micro_tokens == 2048
     assert large.sft.optim.lr == made.sft.optim.lr and large.rl.prompts == made.rl.prompts
+
+
+def test_completions_end_as_the_stage_that_writes_them_ends_them(recipe, tmp_path):
+    recipe["expert"] = {"reward": "length_words", "stop": ["\n"], "max_tokens": 16}
+
+    def stops(**changes):
+        made = load_recipe(recipe | changes)
+        return Pipeline(None, made, "none", None, {}, Given(), tmp_path).sampling().stop
+
+    assert stops(rl=None) == ("\n",)
+    assert stops(rl=recipe["rl"] | {"stop": ["!"]}) == ("!",)
+    del recipe["expert"]
+    assert stops(rl=None, task={"metrics": ["length_words"]}) == ()
+
+
+def test_what_evaluates_the_text_has_a_process_of_its_own(recipe, tmp_path):
+    recipe["task"] = {"metrics": ["vader", "verifier"]}
+    run = Run(load_recipe(recipe), tmp_path / "run", plain=True)
+    metrics = Pipeline(run, run.recipe, "none", None, {}, Given(), tmp_path).task_metrics()
+    try:
+        assert isinstance(metrics.sources["verifier"], FunctionSource)
+        assert isinstance(metrics.sources["vader"], MetricSource)
+    finally:
+        metrics.close()
+        run.close()

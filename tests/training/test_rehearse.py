@@ -85,14 +85,14 @@ def test_a_judge_that_fails_here_and_there_judges(short_recipe, judges, tmp_path
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"metrics": ["verifier"]}, r"metric verifier: row \d+ is no puzzle"),
+        ({"metrics": ["verifier"]}, r"task.metrics: verifier failed on each of the \d+ .* row \d+ is no puzzle"),
         ({"reference": "film", "metrics": ["rougeL"], "source": "text", "baseline": "copy"}, ""),
     ],
 )
 def test_a_metric_is_tried_on_rows_before_anything_is_trained(short_recipe, tmp_path, task, message):
     short_recipe["task"] = task
     if message:
-        refused(short_recipe, tmp_path / "run", DataError, message)
+        refused(short_recipe, tmp_path / "run", RewardError, message)
     else:
         assert set(trained(upslope.train(short_recipe, rows=make_rows(), out=tmp_path / "run", plain=True))) > {"rl"}
 

@@ -1,6 +1,7 @@
 """A run that makes its own model: the tokenizer, the weights, and that nothing later can tell."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,12 @@ import upslope
 from tests.conftest import TEXTS, make_recipe
 from tests.training.test_pipeline import outcome, same
 from upslope.config import Scratch, load_recipe
-from upslope.errors import Interrupted, ModelError, RecipeError
+from upslope.errors import Interrupted, ModelError, RecipeError, RunError
 from upslope.models.open import Outline, load_model, make_runner, new_model, outline
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training import supervised
 from upslope.training.preview import preview
-from upslope.training.start import check_kind, texts_of
+from upslope.training.start import check_kind, require_same_rows, texts_of
 
 SHAPE = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "context": 64, "vocab": 300}
 
@@ -164,3 +165,37 @@ def test_what_no_kind_knows_is_named(tmp_path):
         load_model(tmp_path)
     with pytest.raises(ModelError, match="Linear is no model kind"):
         make_runner(torch.nn.Linear(1, 1), dtype=torch.float32)
+
+
+def test_a_run_goes_on_with_the_rows_it_was_begun_with_and_no_others(tmp_path, finished, rows):
+    folder, recipe = tmp_path / "run", scratch_recipe()
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "eval")
+    changed = [row | {"text": f"{row['text']} again"} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    recipe["data"] |= {"rows": str(tmp_path / "rows.jsonl")}
+    kept = json.loads((folder / "recipe.json").read_text())
+    kept["data"]["rows"] = recipe["data"]["rows"]
+    (folder / "recipe.json").write_text(json.dumps(kept))
+    for act in (lambda: upslope.train(recipe, out=folder, plain=True), lambda: upslope.reevaluate(folder, plain=True)):
+        with pytest.raises(
+            RunError, match=r"begun with other rows: .*another content; its rows were given from Python"
+        ):
+            act()
+    with pytest.raises(RunError, match=r"(\d+)/\d+/\d+ then, .* now \(train, valid, test\); bring those back"):
+        upslope.train(recipe, rows=rows[: len(rows) // 2], out=folder, plain=True)
+    upslope.train(recipe, rows=rows, out=folder, plain=True)
+    again = upslope.reevaluate(folder, prompts=4, rows=rows, plain=True)
+    assert json.loads((again / "eval" / "done.json").read_text())["prompts"] == 4
+
+
+def test_rows_may_change_as_long_as_nothing_was_learned_from_them(tmp_path, rows):
+    sides = {name: Dataset.from_list(rows[:n]) for name, n in (("train", 4), ("valid", 2), ("test", 2))}
+    require_same_rows(tmp_path, sides, given=True)
+    require_same_rows(tmp_path, sides | {"test": Dataset.from_list(rows[2:4])}, given=False)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "done.json").write_text("{}")
+    with pytest.raises(
+        RunError, match=r"4/2/2 \(train, valid, test\) then as now, of another content; bring those back"
+    ):
+        require_same_rows(tmp_path, sides, given=False)

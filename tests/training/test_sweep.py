@@ -20,7 +20,7 @@ from upslope.training import search as search_module
 from upslope.training import sweep as sweep_module
 from upslope.training.axes import as_toml, axis_of, combinations, parse_axis, plan, run_name, split_values
 from upslope.training.process import Process
-from upslope.training.search import choose_metric, direction_of, propose
+from upslope.training.search import choose_metric, data_of, direction_of, propose
 from upslope.training.sweep import run_sweep
 
 COMMAND = [sys.executable, "-c", "from upslope.cli import main; main()", "sweep"]
@@ -229,11 +229,35 @@ def test_proposals_learn_and_metrics_have_a_direction(recipe):
         assert setting == propose(axes, history, number, 7, "minimize")
         history.append({"setting": setting, "objective": abs(float(setting["rl.lam"]) - 0.8)})
     assert sum(h["objective"] for h in history[15:]) / 10 < 0.15 < sum(h["objective"] for h in history[:5]) / 5
-    assert direction_of("valid/loss") == "minimize" and direction_of("reward/mean") == "maximize"
     resolved = load_recipe(recipe)
-    assert choose_metric(None, resolved, axes) == "reward/mean"
+    assert direction_of("valid/loss", resolved) == "minimize"
+    assert choose_metric(None, resolved, axes) == ("reward/mean", "rl")
+    assert choose_metric(None, resolved, [parse_axis("sft.optim.lr=1e-4,1e-5")]) == ("valid/loss", "sft")
+    assert choose_metric("task/chrf", resolved, axes) == ("task/chrf", None)
     del recipe["rl"]
-    assert choose_metric(None, load_recipe(recipe), axes) == "valid/pair_accuracy"
+    assert choose_metric(None, load_recipe(recipe), axes) == ("valid/pair_accuracy", "reward")
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("reward/mean", "maximize"),
+        ("reward/failed", "minimize"),
+        ("reward/chrf", "maximize"),
+        ("reward/length_words", "minimize"),  # paid for with a weight below 0
+        ("task/ter", "minimize"),
+        ("task/ter_high", "minimize"),
+        ("task/glossary", "maximize"),  # a name of the user's
+        ("policy/clipped_loss", "minimize"),
+    ],
+)
+def test_which_way_is_better_is_the_recipes_to_say(recipe, metric, direction):
+    recipe |= {"task": {"reference": "text", "metrics": ["chrf", "ter", "tests.scores:glossary"]}}
+    recipe["rl"]["reward"] = {"chrf": 1.0, "length_words": -0.1}
+    resolved = load_recipe(recipe)
+    assert direction_of(metric, resolved) == direction
+    side = "validation side" if metric.startswith("task/") else "training data"
+    assert side in data_of(metric, None, resolved) and f"by {metric} of sft " in data_of(metric, "sft", resolved)
 
 
 def test_a_search_without_optuna_says_what_to_install(recipe, tmp_path, monkeypatch):

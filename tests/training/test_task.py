@@ -12,7 +12,9 @@ from upslope.config import load_recipe
 from upslope.errors import DataError, Interrupted, RecipeError
 from upslope.observe.events import read_events
 from upslope.text.baselines import copy, lead, majority
+from upslope.training.closing import _comparison
 from upslope.training.heldout import TaskMetrics
+from upslope.training.parts import Given, Pipeline
 
 WORDS = ["cat", "dog", "sun", "moon", "tree", "star", "fish", "bird"]
 
@@ -86,6 +88,17 @@ def test_the_closing_table_has_baseline_supervised_start_rl_and_expert(unbroken)
     kl = next(row for row in table["rows"] if row[0].startswith("KL"))
     assert kl[1] == "-" and kl[2].startswith("0.00")
     assert closing["task: ter"]["baseline"] == 1.0  # one word too many for one word, whatever its case
+
+
+def test_the_table_says_which_model_rl_began_with(model_dir):
+    before = task_recipe(model_dir)
+    own = {**before, "rl": before["rl"] | {"init": str(model_dir)}}
+    notes = [
+        _comparison(Pipeline(None, load_recipe(recipe), "none", None, {}, Given(), None), ["before", "after"]).note
+        for recipe in (before, own)
+    ]
+    assert notes[0].startswith("'before' is the model after sft; ")
+    assert notes[1].startswith(f"'before' is {model_dir}, rl.init; ")
 
 
 @pytest.mark.parametrize("stop_at", [12, 16, 20, 26, 33, 41])

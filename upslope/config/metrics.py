@@ -18,12 +18,19 @@ REWARDS = "upslope.rewards"
 @dataclass(frozen=True)
 class Metric:
     """One metric. source: its score of single completions, None where only a set has one; set: name of the function of
-    a set in `upslope.rewards.corpus`, None where the mean of the scores says it."""
+    a set in `upslope.rewards.corpus`, None where the mean of the scores says it; apart: it evaluates what the text
+    says, which may never end, so that it needs a process with limits wherever it is asked for."""
 
     source: str | None
     reference: bool  # whether it reads row["reference"]
     higher: bool | None = True  # whether more is better; None: neither
     set: str | None = None
+    apart: bool = False
+
+    @property
+    def trusted(self) -> str | None:
+        """Its function as module:function, where that may be called in the trainer's own process."""
+        return self.source if self.source and ":" in self.source and not self.apart else None
 
 
 METRICS: Mapping[str, Metric] = {
@@ -39,7 +46,7 @@ METRICS: Mapping[str, Metric] = {
     "weighted_accuracy": Metric("weighted_accuracy", True),  # its weights are the recipe's: task.weights
     "macro_f1": Metric(None, True, set="macro_f1"),
     "edit_similarity": Metric(f"{REWARDS}.answers:edit_similarity", True),
-    "verifier": Metric(f"{REWARDS}.verifier:verifier", False),
+    "verifier": Metric(f"{REWARDS}.verifier:verifier", False, apart=True),
     "similarity": Metric("similarity", True),  # a model, loaded by the trainer
     "vader": Metric(f"{REWARDS}.metrics:vader", False, higher=None),
     "length_words": Metric(f"{REWARDS}.metrics:length_words", False, higher=None),

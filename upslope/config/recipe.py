@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from upslope.config.metrics import WORDS, check_source, judges
+from upslope.config.metrics import WORDS, check_source, falls, judges
 from upslope.config.rl import RL
 from upslope.config.tables import (
     Data,
@@ -117,8 +117,24 @@ class Recipe(Table):
         return [*self.stages, "eval"] if self.evaluated else self.stages
 
     @property
+    def better(self) -> dict[str, int]:
+        """What a rising reward should cost nothing of: row of a table -> 1 where more of it is better, -1 where less.
+
+        These are the metrics of the task, paid for or not, the judges, and each reward of a sum, of which that is
+        better which is paid for.
+        """
+        ways = {f"task: {source_name(s)}": -1 if falls(s) else 1 for s in self.task.metrics if judges(s)}
+        ways |= {f"judge: {source_name(s)}": -1 if falls(s) else 1 for s in self.eval.judges}
+        for source, weight in (self.rl.rewards if self.rl else {}).items():
+            less = falls(source) if weight == 0 else weight < 0
+            ways[f"reward: {source_name(source)}"] = -1 if less else 1
+        return ways
+
+    @property
     def max_completion(self) -> int:
-        """The most tokens of a completion that is measured."""
+        """The most tokens of a completion that is measured; a label or a passage's number is one."""
+        if self.data.classes or self.data.passages:
+            return 1
         stage = self.rl or self.expert
         return self.eval.max_tokens or (stage.max_tokens if stage else min(64, max(1, self.data.max_tokens // 2)))
 
@@ -129,18 +145,20 @@ class Recipe(Table):
     @model_validator(mode="before")
     @classmethod
     def _task_names_columns(cls, raw: Any) -> Any:
-        """[task] with a template says what the prompts and completions of [data] are."""
+        """[task] says what is learned behind a prompt, and with a template what the prompts are."""
         if not isinstance(raw, Mapping) or not isinstance(raw.get("task"), Mapping):
             return raw
         data, task = raw.get("data"), raw["task"]
-        if not isinstance(data, Mapping) or not task.get("prompt"):
+        if not isinstance(data, Mapping):
             return raw
+        learned = {"completion": task["reference"]} if task.get("reference") else {}
+        if not task.get("prompt"):
+            return _filled(raw, learned if data.get("prompt") else {})
         if data.get("prompt") not in (None, PROMPT):
             raise ValueError(
                 f"data.prompt = {data['prompt']!r} and a template in task.prompt both say what a prompt is: remove one"
             )
-        added = {"prompt": PROMPT} | ({"completion": task["reference"]} if task.get("reference") else {})
-        return {**raw, "data": {**data, **{k: v for k, v in added.items() if not data.get(k)}}}
+        return _filled(raw, {"prompt": PROMPT} | learned)
 
     @model_validator(mode="after")
     def _scores_fit(self) -> Recipe:
@@ -271,3 +289,9 @@ def with_newer_keys(table: Any) -> Any:
         return Recipe.model_validate(table).model_dump(mode="json")
     except ValueError:
         return table
+
+
+def _filled(raw: Mapping[str, Any], added: Mapping[str, str]) -> Mapping[str, Any]:
+    """The tables with keys of [data] that it leaves open."""
+    data = raw["data"]
+    return {**raw, "data": {**data, **{key: value for key, value in added.items() if not data.get(key)}}}

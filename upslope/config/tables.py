@@ -108,6 +108,8 @@ class Data(Table):
             raise ValueError(f"prompt_words = {list(self.prompt_words)} is empty: write the smaller number first")
         if not any((self.text, self.prompt, self.messages, self.chosen)):
             raise ValueError("names no column: set text, prompt, messages, chosen and rejected, or task.prompt")
+        if self.prompt_words and (not self.text or self.prompt):
+            raise ValueError("prompt_words are the first words of text: set text, and no data.prompt or task.prompt")
         if bool(self.chosen) != bool(self.rejected):
             raise ValueError("chosen and rejected go together: set both columns")
         if self.margin and not self.chosen:

@@ -253,7 +253,8 @@ def _row(runs: list[RunFacts], settings: Sequence[str], search: dict[str, Any] |
 
 def _measures(run: RunFacts, search: dict[str, Any] | None) -> dict[str, float]:
     metric = search["metric"] if search else "reward/mean"
-    value = objective(run, metric) if metric not in TITLES else None
+    stage = search.get("stage") if search else None
+    value = objective(run, metric, stage) if metric not in TITLES else None
     return ({f"objective: {metric}": value} if value is not None else {}) | measures(run)
 
 

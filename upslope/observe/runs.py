@@ -31,6 +31,7 @@ Z_975 = 1.959964
 NEVER_COLUMNS = ("name", "seed", "checkpoint_minutes")  # what makes no difference, and what intervals are taken over
 ALL_ROLLOUTS = ("advantage/std", "advantage/bias", "advantage/rmse")
 LAST_QUARTER = ("reward/mean", "kl/reference_per_completion", "critic/explained_variance")
+HELD_OUT = ("valid/", "task/")  # metrics of the validation side
 KINDS = ("task: ", "reward: ", "judge: ")  # rows of the closing table that a comparison shows
 
 
@@ -45,6 +46,7 @@ class RunFacts:
     state: str
     sweep: Path | None = None  # the sweep that it belongs to
     failure: str | None = None
+    closing: dict[str, dict[str, float]] = field(default_factory=dict)  # stage -> what it said at its end
 
     @property
     def done(self) -> bool:
@@ -83,7 +85,9 @@ def read_run(folder: Path, *, sweep: Path | None = None, failure: str | None = N
     finished = [stage for stage in steps if (folder / stage / "done.json").is_file()]
     final = read_json(folder / "eval" / "done.json")["metrics"] if "eval" in finished else {}
     state = "done" if finished == steps else _progress(recipe, steps, finished, curves)
-    return RunFacts(folder, settings, curves, final, state, sweep, failure if state != "done" else None)
+    failure = failure if state != "done" else None
+    closing = {stage: read_json(folder / stage / "done.json")["metrics"] for stage in finished if stage in STAGES}
+    return RunFacts(folder, settings, curves, final, state, sweep, failure, closing)
 
 
 def steps_of(recipe: Mapping[str, Any]) -> list[str]:
@@ -118,9 +122,10 @@ def measures(run: RunFacts) -> dict[str, float]:
     rl = run.curves.get("rl", {})
     if "rl" not in run.settings["stages"].split("+"):
         for stage in run.settings["stages"].split("+"):
-            for name, curve in run.curves.get(stage, {}).items():
-                if name.startswith("valid/") and curve:
-                    found[f"{stage}: {name}"] = curve[-1][1]
+            for name in run.curves.get(stage, {}):
+                value = held_out(run, stage, name) if name.startswith("valid/") else None
+                if value is not None:
+                    found[f"{stage}: {name}"] = value
     for name in ("reward/mean", *ALL_ROLLOUTS, *LAST_QUARTER[1:]):
         curve = rl.get(name, [])
         if curve:
@@ -134,16 +139,25 @@ def measures(run: RunFacts) -> dict[str, float]:
     return found
 
 
-def objective(run: RunFacts, metric: str) -> float | None:
-    """A metric of training or of the validation side, from the last stage that has it: never of the test side.
+def objective(run: RunFacts, metric: str, stage: str | None = None) -> float | None:
+    """A metric of training or of the validation side, of a stage or of the last that has it; never of the test side.
 
-    A held-out metric ("valid/...") counts with its last value, any other with the mean of its last quarter of steps.
+    A held-out metric counts as the model has it that the stage hands on, any other with the mean of its last quarter of
+    steps.
     """
-    for stage in reversed(STAGES):
-        curve = run.curves.get(stage, {}).get(metric, [])
+    for name in [stage] if stage else reversed(STAGES):
+        curve = run.curves.get(name, {}).get(metric, [])
         if curve:
-            return curve[-1][1] if metric.startswith("valid/") else fmean(v for _, v in last_quarter(curve))
+            return (
+                held_out(run, name, metric) if metric.startswith(HELD_OUT) else fmean(v for _, v in last_quarter(curve))
+            )
     return None
+
+
+def held_out(run: RunFacts, stage: str, metric: str) -> float | None:
+    """Of the model that a stage hands on, which need not be its last one; the last value while it is not finished."""
+    curve, closing = run.curves.get(stage, {}).get(metric, []), run.closing.get(stage, {})
+    return closing[metric] if metric in closing else curve[-1][1] if curve else None
 
 
 def last_quarter(curve: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:

@@ -140,6 +140,8 @@ def _misfit(value: Any, length: tuple[int, int], may_be_blank: bool) -> str | No
     """Why a text, or a conversation by what is said in it, is no use, or None."""
     if isinstance(value, list | tuple):
         value = "".join(str(turn.get("content") or "") for turn in value if isinstance(turn, Mapping))
+    if isinstance(value, int | float) and _is_there(value):  # a column of numbers, in a template
+        value = str(value)
     if not isinstance(value, str) or not value.strip():
         return None if may_be_blank else "without text"
     return None if length[0] <= len(value) <= length[1] else f"outside {length[0]} to {length[1]} characters"

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from upslope.checkpoint import atomic_write_text
-from upslope.config import RL, Recipe, source_name
-from upslope.config.metrics import falls, judges
+from upslope.config import RL, source_name
+from upslope.config.metrics import falls
 from upslope.errors import RunError
 from upslope.evaluate import Estimate
 from upslope.training.run import Run
@@ -85,7 +85,7 @@ def nothing_ends(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | None:
 
 
 def rewards_equal(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | None:
-    if now.get("reward/std", 1.0) == 0.0:
+    if rl.rewards and rl.loss != "none" and now.get("reward/std", 1.0) == 0.0:  # else something other teaches
         return f"every completion has the same reward, {now['reward/mean']:g}: nothing to learn from"
     return None
 
@@ -96,14 +96,16 @@ def rewards_failing(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | No
 
 
 def reward_without_metric(now: Metrics, before: Sequence[Metrics], rl: RL) -> str | None:
-    """The reward rises and a metric falls: one named in rl.reward with weight 0, which nothing is paid for."""
+    """The reward rises and a metric becomes worse: one named in rl.reward with weight 0, which nothing is paid for."""
     recent = [*before[-LAST + 1 :], now]
     if len(recent) < LAST or _trend(recent, "reward/mean") < SURE:
         return None
     for source, weight in rl.rewards.items():
         name = f"reward/{source_name(source)}"
-        if weight == 0 and _trend(recent, name) < -SURE:
-            return f"the reward rises while {name.removeprefix('reward/')} falls: it may be learned to be cheated"
+        trend = -_trend(recent, name) if falls(source) else _trend(recent, name)
+        if weight == 0 and trend < -SURE:
+            how = "rises" if falls(source) else "falls"
+            return f"the reward rises while {name.removeprefix('reward/')} {how}: it may be learned to be cheated"
     return None
 
 
@@ -137,21 +139,6 @@ def alarms(now: Metrics, before: Sequence[Metrics], rl: RL) -> dict[str, str]:
     """Name -> message of every alarm that a rollout gives. before: the FIRST rollouts of the run and the LAST ones."""
     found = {name: alarm(now, before, rl) for name, alarm in ALARMS.items()}
     return {name: message for name, message in found.items() if message}
-
-
-def better(recipe: Recipe) -> dict[str, int]:
-    """What a rising reward should cost nothing of: row of a table -> 1 where more of it is better, -1 where less.
-
-    These are the metrics of the task, paid for or not, the judges, and each reward of a sum, of which that is better
-    which is paid for.
-    """
-    rewards = recipe.rl.rewards if recipe.rl else {}
-    ways = {f"task: {source_name(s)}": -1 if falls(s) else 1 for s in recipe.task.metrics if judges(s)}
-    ways |= {f"judge: {source_name(s)}": -1 if falls(s) else 1 for s in recipe.eval.judges}
-    for source, weight in rewards.items():
-        less = falls(source) if weight == 0 else weight < 0
-        ways[f"reward: {source_name(source)}"] = -1 if less else 1
-    return ways
 
 
 def judged_worse(change: Mapping[str, Estimate], ways: Mapping[str, int]) -> str | None:

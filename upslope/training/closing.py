@@ -105,7 +105,9 @@ def _comparison(p: Pipeline, labels: list[str]) -> Comparison:
     recipe = p.recipe
     stage = "rl" if recipe.rl else recipe.policy_stages[-1]
     before = [s for s in recipe.policy_stages[: recipe.policy_stages.index(stage)] if recipe.rl][-1:]
-    parts = [f"'before' is the model after {before[0]}" if before else "'before' is the recipe's model"]
+    own = recipe.rl.init if recipe.rl else None
+    start = f"{own}, rl.init" if own else f"the model after {before[0]}" if before else "the recipe's model"
+    parts = [f"'before' is {start}"]
     parts += [f"baseline: {recipe.task.baseline}"] if recipe.task.baseline else []
     temperature = p.sampling().temperature
     parts += [f"temperature {temperature:g}"] if recipe.task.metrics else []

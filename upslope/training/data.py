@@ -5,7 +5,8 @@ Every function records its account (rows read, kept, dropped and why) in the run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -100,6 +101,13 @@ def what_repeats(recipe: Recipe, columns: Sequence[str]) -> list[str]:
     return [column for column in dict.fromkeys([*about, *learned]) if column]
 
 
+class _Columns(string.Formatter):
+    """Fields of a template are columns, a column called 0 too."""
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[str(key)]
+
+
 def with_task(table: Dataset, task: Task, name: str) -> Dataset:
     """The rows with their prompts by the task's template and their references in columns of known names.
 
@@ -109,7 +117,8 @@ def with_task(table: Dataset, task: Task, name: str) -> Dataset:
     if task.prompt:
         parts = [table[column] for column in task.columns]
         added[PROMPT] = [
-            task.prompt.format(**dict(zip(task.columns, row, strict=True))) for row in zip(*parts, strict=True)
+            _Columns().vformat(task.prompt, (), dict(zip(task.columns, row, strict=True)))
+            for row in zip(*parts, strict=True)
         ]
     if task.reference:
         texts = [_as_text(value) for value in table[task.reference]]

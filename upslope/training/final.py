@@ -23,7 +23,7 @@ from upslope.rewards.reference import COLUMN as REFERENCE
 from upslope.rewards.reference import references
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.alarms import REWARD, better, judged_worse
+from upslope.training.alarms import REWARD, judged_worse
 from upslope.training.batches import micro_batches
 from upslope.training.collect import generate
 from upslope.training.episode import Episode, action_starts, lay_out
@@ -169,7 +169,7 @@ def record_comparison(
     )
     paid = [_paid(outcomes[number], run.recipe) for number in (shape.before, shape.after)]
     change = {name: row[-1] for name, row in found.items()} | {REWARD: change_of(*paid, seed=run.recipe.seed)}
-    ways = {name: 1 for name in found if name.startswith("judge: ")} | better(run.recipe)
+    ways = {name: 1 for name in found if name.startswith("judge: ")} | run.recipe.better
     message = judged_worse(change, ways)
     if message:
         run.record("alarm", stage="eval", name=judged_worse.__name__, message=message)

@@ -26,7 +26,7 @@ from upslope.rewards.types import RewardOutput
 from upslope.rewards.worker import load_function
 from upslope.text.prepare import Prompt
 from upslope.text.tokenizer import Tokenizer
-from upslope.training.alarms import REWARD, better, judged_worse
+from upslope.training.alarms import REWARD, judged_worse
 from upslope.training.collect import generate
 from upslope.training.episode import Episode
 from upslope.training.run import Run
@@ -49,7 +49,7 @@ def reading_rows(name: str) -> Iterator[None]:
 
 
 class MetricSource:
-    """A named metric, computed in this process: it is upslope's own code over well-kept libraries."""
+    """A trusted metric, computed in this process: upslope's own code over well-kept libraries, which always ends."""
 
     def __init__(self, name: str, source: str) -> None:
         self.name = name
@@ -168,7 +168,7 @@ def watch_task(
         return {}
     metrics, now = watched.measure(run, state.stage, at, load(), scorer)
     start = seen.get("start", now)
-    message = judged_worse(changes(start, now, run.recipe.seed), better(run.recipe))
+    message = judged_worse(changes(start, now, run.recipe.seed), run.recipe.better)
     if message and not seen.get("alarm"):
         run.record("alarm", stage=state.stage, step=at, name="task_worse", message=message)
     state.extra["held_out"] = {"at": at, "start": start, "alarm": bool(message)}

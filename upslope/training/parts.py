@@ -188,14 +188,14 @@ class Pipeline:
 
     def sampling(self) -> Sampling:
         """How completions that are measured are sampled: as [eval] says, else as rl does."""
-        cfg, stop = self.recipe.eval, self.limit("stop")
+        cfg, writes = self.recipe.eval, self.recipe.rl or self.recipe.expert
         temperature = self.limit("temperature") if cfg.temperature is None else cfg.temperature
         return Sampling(
             max_tokens=self.recipe.max_completion,
             temperature=temperature,
             top_k=self.limit("top_k"),
             top_p=self.limit("top_p"),
-            stop=stop,
+            stop=writes.stop if writes else (),
         )
 
     def require_room(self, model: Trunk, side: str, prompts: Sequence[Prompt]) -> None:
@@ -203,13 +203,11 @@ class Pipeline:
         require_room(model, side, ((p.number, len(p.ids), self.recipe.max_completion) for p in prompts))
 
     def task_metrics(self, without: Collection[str] = ()) -> TaskMetrics:
-        """The metrics of [task] but some: the named ones in this process, functions of the user's in theirs."""
+        """The metrics of [task] but some: the trusted ones in this process, the others in one of their own."""
 
         def source(name: str) -> Source:
-            named = METRICS.get(name)
-            if named is not None and named.source is not None and ":" in named.source:
-                return MetricSource(name, named.source)
-            return self.source(name, "eval")
+            trusted = METRICS[name].trusted if name in METRICS else None
+            return MetricSource(name, trusted) if trusted else self.source(name, "eval")
 
         return TaskMetrics([name for name in self.recipe.task.metrics if name not in without], source)
 

@@ -49,6 +49,8 @@ class ProbeSource:
         """Nothing to end: the encoder lives in this process."""
 
     def _labelled(self, rows: Dataset, text: str, label: str, prefer: str) -> tuple[Tensor, Tensor]:
+        known = [i for i, value in enumerate(rows[label]) if value not in (None, "")]  # as pairs are made of labels
+        rows = rows.select(known)
         return self.embed(rows[text]), torch.tensor([float(str(value) == prefer) for value in rows[label]])
 
     def _logit(self, features_BD: Tensor) -> Tensor:

@@ -17,12 +17,20 @@ from upslope.training.start import begin
 
 
 def reevaluate(
-    folder: Path, *, prompts: int | None, judges: Sequence[str], draw: int, plain: bool | None = None
+    folder: Path,
+    *,
+    prompts: int | None,
+    judges: Sequence[str],
+    draw: int,
+    given: Given | None = None,
+    plain: bool | None = None,
 ) -> Path:
     """Evaluate a finished run on its held-out prompts, into FOLDER/evaluations/N; the run itself stays as it is.
 
-    Raises RunError where the run has no finished rl stage.
+    given: the objects that stood in for what the recipe names. Raises RunError where the run has no finished rl stage
+    or was begun with other rows.
     """
+    given = given or Given()
     if not any((folder / stage / "done.json").is_file() for stage in ("rl", "eval")):
         raise RunError(f"{folder} has no finished rl stage", "name the folder of a finished run")
     table = read_json(folder / "recipe.json")
@@ -33,9 +41,9 @@ def reevaluate(
     run = Run(recipe, folder / "evaluations" / str(number), plain=plain)
     try:
         with run.stopping_on_signals():
-            model, tokenizer, splits = begin(run, recipe, folder)
+            model, tokenizer, splits = begin(run, recipe, folder, given.rows)
             run.terminal.stage("eval", "start")
-            evaluate_run(Pipeline(run, recipe, model, tokenizer, splits, Given(), folder), draw)
+            evaluate_run(Pipeline(run, recipe, model, tokenizer, splits, given, folder), draw)
             write_report(run.folder)
             run.terminal.note(f"report: {run.folder / 'report.html'}")
     finally:

@@ -139,8 +139,8 @@ def _try_scores(p: Pipeline, model: Trunk) -> None:
     finally:
         metrics.close()
     for where, name, stage in _named(p):
-        own = METRICS[name].source if name in METRICS else None
-        source = MetricSource(name, own) if own and ":" in own else p.source(name, stage)  # ours needs no process
+        trusted = METRICS[name].trusted if name in METRICS else None
+        source = MetricSource(name, trusted) if trusted else p.source(name, stage)
         try:
             _try_source(where, source, likely, rows)
         finally:

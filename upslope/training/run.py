@@ -1,6 +1,7 @@
 """A run in its folder: what is written, what is shown, and whether it should stop.
 
 OUT/recipe.json          the resolved recipe, the seed of every stage's randomness
+OUT/rows.json            the sizes of the sides and a print of their rows, which a resumed run must find again
 OUT/events.jsonl         everything that happened, one JSON object a line
 OUT/episodes.jsonl       every completion that was trained on: ids, log-probabilities, rewards
 OUT/start/model/         what a table [model] made: random weights and a trained tokenizer
@@ -190,7 +191,7 @@ class Run:
         closed = bool(self.done("eval"))
         best = self.recipe.rl is not None and self.recipe.rl.best_by is not None
         refused = [key for key in changed if not may_change(key, closed=closed, best=best)]
-        if refused and not self._has_progress():  # a first try that came to nothing holds nothing to keep
+        if refused and not has_progress(self.folder):  # a first try that came to nothing holds nothing to keep
             (self.folder / "machine.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder / "start", ignore_errors=True)
         elif refused:
@@ -206,10 +207,6 @@ class Run:
             self.changed = [text for key, text in changed.items() if key in CLOSING]
         if changed:
             atomic_write_text(path, json.dumps(new, indent=1))
-
-    def _has_progress(self) -> bool:
-        patterns = ("*/done.json", "*/checkpoints/*", "*/samples.jsonl")
-        return any(any(self.folder.glob(pattern)) for pattern in patterns)
 
     def _log_sizes(self) -> dict[str, int]:
         for stage in reversed([*self.recipe.stages, "eval"]):
@@ -258,6 +255,11 @@ class Run:
         }
         atomic_write_text(path, json.dumps(facts, indent=1))
         return facts
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a run has anything to lose: a finished stage, a checkpoint, samples."""
+    return any(any(folder.glob(pattern)) for pattern in ("*/done.json", "*/checkpoints/*", "*/samples.jsonl"))
 
 
 def fast_dtype(device: str) -> str:

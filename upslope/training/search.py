@@ -12,10 +12,11 @@ from typing import Any
 
 from upslope.config import Recipe
 from upslope.errors import RecipeError
+from upslope.observe.runs import HELD_OUT
 from upslope.training.axes import Axis
 
 RANDOM_TRIALS = 5  # before the first one that learns from the others
-SMALLER = ("loss", "perplexity", "kl/", "rmse", "time/", "memory/", "gap", "nll", "skipped", "truncated")  # is better
+SMALLER = ("loss", "perplexity", "kl/", "rmse", "time/", "memory/", "gap", "nll", "skipped", "truncated")  # in ours
 BY_STAGE = {"rl": "reward/mean", "reward": "valid/pair_accuracy", "preference": "valid/pair_accuracy"}
 
 
@@ -29,8 +30,10 @@ def load_optuna() -> Any:
     return optuna
 
 
-def choose_metric(metric: str | None, recipe: Recipe, axes: Sequence[Axis]) -> str:
-    """The metric to search by: of the training or the validation side, never of the test side. Raises RecipeError."""
+def choose_metric(metric: str | None, recipe: Recipe, axes: Sequence[Axis]) -> tuple[str, str | None]:
+    """The metric to search by, of the training or the validation side, never of the test side; and the stage, if none
+    is named: the last one that a key is of, or where its model comes to. Raises RecipeError."""
+    stage = None
     if metric is None:
         moved_stages = [s for s in recipe.stages if any(a.key.partition(".")[0] == s for a in axes)]
         stage = moved_stages[-1] if moved_stages else recipe.stages[-1] if recipe.rl is None else "rl"
@@ -44,21 +47,25 @@ def choose_metric(metric: str | None, recipe: Recipe, axes: Sequence[Axis]) -> s
     moved = moved or next((a.key for a in axes if a.key in ("rl.overlong", "rl.algorithm")), None)
     if moved and metric == "reward/mean":
         raise RecipeError(f"{moved} changes what reward/mean means", "search by one reward of it: --metric reward/NAME")
-    return metric
+    return metric, stage
 
 
-def direction_of(metric: str) -> str:
-    """Whether less of a metric is better; more of a reward always is, but for the share that failed."""
-    if metric.startswith("reward/"):
-        return "minimize" if metric == "reward/failed" else "maximize"
+def direction_of(metric: str, recipe: Recipe) -> str:
+    """Whether less of a metric is better. More of a reward is, unless it is paid for with a weight below 0."""
+    kind, _, name = metric.partition("/")
+    if kind in ("reward", "task"):
+        ways = {row: way for row, way in recipe.better.items() if row.startswith(f"{kind}: ")}
+        less = ways.get(f"{kind}: {name.removesuffix('_low').removesuffix('_high')}", 1) < 0
+        return "minimize" if less or metric == "reward/failed" else "maximize"
     return "minimize" if any(word in metric for word in SMALLER) else "maximize"
 
 
-def data_of(metric: str) -> str:
+def data_of(metric: str, stage: str | None, recipe: Recipe) -> str:
     """Which data a metric is measured on, for people."""
-    if metric.startswith("valid/"):
-        return f"by {metric} ({direction_of(metric)}), the last value on the validation side"
-    return f"by {metric} ({direction_of(metric)}), the mean of the last quarter of steps, on training data"
+    what = f"by {metric}{f' of {stage}' if stage else ''} ({direction_of(metric, recipe)})"
+    if metric.startswith(HELD_OUT):
+        return f"{what}, of the model that comes of it, on the validation side"
+    return f"{what}, the mean of the last quarter of steps, on training data"
 
 
 def propose(

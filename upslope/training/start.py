@@ -8,15 +8,19 @@ Everything later treats that folder as the recipe's model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from upslope.checkpoint import atomic_write_text
 from upslope.config import Data, Recipe, Scratch
-from upslope.errors import ModelError
+from upslope.errors import ModelError, RunError
 from upslope.models.open import KINDS, Outline, new_model, outline
+from upslope.observe.runs import read_json
 from upslope.sources import resolve
 from upslope.text.labels import LabelTokenizer, labels_of
 from upslope.text.passages import PassageTokenizer, most_passages
@@ -24,13 +28,16 @@ from upslope.text.prepare import is_chat
 from upslope.text.tokenizer import Tokenizer, train_tokenizer
 from upslope.training.data import Book, Splits, load_splits
 from upslope.training.export import write_model, writing
-from upslope.training.run import Run
+from upslope.training.run import Run, has_progress
+
+PRINTED = 64  # rows of a side
 
 
 def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str, Tokenizer, Splits]:
     """The source of the recipe's model, its tokenizer, and the rows by side.
 
-    A model from scratch is written below `models` unless it stands there. Raises UpslopeError.
+    models: the run's folder, below which a model from scratch is written unless it stands there; rows: stand in for
+    data.rows. Raises UpslopeError, RunError where the run in that folder was begun with other rows.
     """
     if isinstance(recipe.model, str):
         source = resolve(recipe.model)
@@ -38,16 +45,44 @@ def begin(run: Run, recipe: Recipe, models: Path, rows: Any = None) -> tuple[str
         check_kind(recipe, model)
         tokenizer = Tokenizer.load(source, for_sources=model.needs_source)  # a wrong name is told first
         splits = load_splits(run, recipe.data, recipe.seed, rows)
+        require_same_rows(models, splits, given=rows is not None)
         return recipe.model, labelled(run, tokenizer, splits, recipe.data, model), splits
     model = outline(recipe.model)
     check_kind(recipe, model)
     splits = load_splits(run, recipe.data, recipe.seed, rows)
+    require_same_rows(models, splits, given=rows is not None)
     folder = models / "start" / "model"
     if not folder.is_dir():
         write_start(folder, recipe.model, recipe.seed, splits["train"], recipe.data)
     tokenizer = Tokenizer.load(folder, for_sources=model.needs_source)
     run.account(f"model: a new {recipe.model.kind}; {tokenizer.vocab_size} tokens, made from the training side alone")
     return str(folder), labelled(run, tokenizer, splits, recipe.data, model), splits
+
+
+def require_same_rows(folder: Path, splits: Splits, *, given: bool) -> None:
+    """The rows are those that the run in a folder was begun with, as far as their number and a sample tell.
+
+    Raises RunError: a run that goes on with others, or is evaluated on them, is not the run that it says it is.
+    """
+    path, drawn = folder / "rows.json", hashlib.sha256()
+    for rows in splits.values():  # each in an order of its own: the first ones are a sample
+        for row in rows.select(range(min(len(rows), PRINTED))):
+            drawn.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    now = {**{side: len(rows) for side, rows in splits.items()}, "print": drawn.hexdigest()[:16]}
+    if not path.is_file() or not has_progress(folder):
+        atomic_write_text(path, json.dumps({**now, "given": given}, indent=1))
+        return
+    then = read_json(path)
+    if any(then[key] != value for key, value in now.items()):
+        counts = ["/".join(str(found[side]) for side in splits) for found in (then, now)]
+        what = f"{counts[0]} then, {counts[1]} now ({', '.join(splits)})"
+        if counts[0] == counts[1]:
+            what = f"{counts[0]} ({', '.join(splits)}) then as now, of another content"
+        if then["given"] and not given:
+            remedy = "its rows were given from Python: give them to upslope.train or upslope.reevaluate again"
+        else:
+            remedy = "bring those back, or choose another folder with -o"
+        raise RunError(f"{folder} was begun with other rows: {what}", remedy)
 
 
 def check_kind(recipe: Recipe, model: Outline) -> None:

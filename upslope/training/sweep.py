@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from upslope.config import describe, may_change, with_newer_keys
+from upslope.config import Recipe, describe, may_change, with_newer_keys
 from upslope.errors import Interrupted, RecipeError, RunError
 from upslope.observe.compare import compare, show
 from upslope.observe.runs import flat, objective, read_json, read_run, steps_of
@@ -73,7 +73,8 @@ class Sweep:
             others = [self.folder / name for name in self.record["runs"] if name != planned.name]
             if shared := begin_from(others, folder, table):
                 self.terminal.note(shared)
-            reason = self.process.run(table, folder, self.reward, self.rows)
+            said = planned.recipe.model_dump(mode="json", exclude_unset=True)  # what is open may go by the machine
+            reason = self.process.run(said, folder, self.reward, self.rows)
         if self.process.stop_requests:
             self.note(planned.name, "stopped")
             done = sum(run["status"] == "done" for run in self.record["runs"].values())
@@ -114,7 +115,7 @@ def run_sweep(
                 failed = _run_grid(sweep, axes, planned, seeds)
             else:
                 chosen = choose_metric(metric, first, axes)
-                failed = _run_search(sweep, axes, source, overrides, search, seeds, chosen)
+                failed = _run_search(sweep, axes, source, overrides, search, seeds, chosen, first)
         _compare(sweep)
     if failed:
         reason = sweep.record["runs"][failed[0]].get("reason", "")
@@ -165,23 +166,26 @@ def _run_search(
     overrides: Sequence[str],
     trials: int,
     seeds: int,
-    metric: str,
+    chosen: tuple[str, str | None],
+    recipe: Recipe,
 ) -> list[str]:
     """Trial after trial; the values of one begun before stand in sweep.json, and its runs carry on."""
     load_optuna()
-    direction, failed = direction_of(metric), []
+    metric, stage = chosen
+    direction, data, failed = direction_of(metric, recipe), data_of(metric, stage, recipe), []
     spaces = {a.key: [*(["log"] if a.range.log else []), *a.texts] if a.range else list(a.texts) for a in axes}
     kept = sweep.record.get("search") or {}
     if kept and kept["axes"] != spaces:
         raise RunError(f"{sweep.folder} holds a search over other values", "choose another folder with -o")
     sweep.terminal.note(f"search: {trials} trials x {_seeds(seeds)} = {trials * seeds} runs, into {sweep.folder}")
-    sweep.terminal.note(f"tuned {data_of(metric)}; the test side stays closed until the table at the end")
+    sweep.terminal.note(f"tuned {data}; the test side stays closed until the table at the end")
     found: list[dict[str, Any]] = kept.get("trials", [])
     sweep.record["search"] = {
         "axes": spaces,
         "metric": metric,
         "direction": direction,
-        "data": data_of(metric),
+        "stage": stage,
+        "data": data,
         "seeds": seeds,
         "trials": found,
     }
@@ -202,14 +206,14 @@ def _run_search(
         done = [sweep.run(one, f"{first + n} of {trials * seeds}") for n, one in enumerate(planned)]
         failed += [one.name for one, well in zip(planned, done, strict=True) if not well]
         if all(done):
-            trial["objective"] = fmean(_objective(sweep.folder / one.name, metric) for one in planned)
+            trial["objective"] = fmean(_objective(sweep.folder / one.name, metric, stage) for one in planned)
             sweep.save()
     return list(dict.fromkeys(failed))
 
 
-def _objective(folder: Path, metric: str) -> float:
+def _objective(folder: Path, metric: str, stage: str | None) -> float:
     run = read_run(folder)
-    value = objective(run, metric)
+    value = objective(run, metric, stage)
     if value is None:
         names = sorted({name for stage in run.curves.values() for name in stage})
         near = difflib.get_close_matches(metric, names, 3, 0.3) or names

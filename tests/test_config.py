@@ -284,7 +284,7 @@ def test_first_words_are_of_a_text():
     data = {"rows": "r", "chosen": "c", "rejected": "d", "prompt_words": 3}
     for columns in (data, {"rows": "r", "text": "t", "prompt": "p", "prompt_words": 3}):
         with pytest.raises(
-            RecipeError, match="prompt_words are the first words of text; set text, and no data.prompt or task.prompt"
+            RecipeError, match=r"prompt_words are the first words of text; set text, and no data.prompt or task.prompt"
         ):
             load_recipe({"model": "m", "data": columns, "reward": {"steps": 1}, "rl": {"reward": "a:b"}})
 

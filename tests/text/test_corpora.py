@@ -25,6 +25,15 @@ def test_spelling_puts_one_real_misspelling_into_each_sentence():
         assert row["typo"] in ("teh", "catt", "dgo")
 
 
+def test_a_word_is_misspelt_no_more_often_than_the_others_of_its_sentences(monkeypatch):
+    examples = ["the cat sat there", "the dog ran", "the cat slept", "all the rest of it", "to the very end"]
+    glosses = "".join(f'{n:08} 05 n 01 x 0 000 | a; "{text}"  \n' for n, text in enumerate(examples))
+    put({f"{corpora.WORDNET}/data.noun": glosses, f"{corpora.WORDNET}/data.verb": ""})
+    assert [row["word"] for row in corpora.corpus("spelling")] == ["the", "dog", "cat", "the", "the"]
+    monkeypatch.setattr(corpora, "MISSPELT", 2)
+    assert [row["word"] for row in corpora.corpus("spelling")] == ["the", "dog", "cat", "the"]
+
+
 def test_misspellings_are_there_without_sentences_too_those_of_one_correction_in_lower_case():
     assert corpora.corpus("misspellings") == [
         {"typo": "teh", "word": "the", "family": "the"},

@@ -26,6 +26,7 @@ import json
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from email.errors import MessageError
 from pathlib import Path
@@ -43,6 +44,7 @@ CODESPELL = "pypi:codespell==2.4.3/codespell_lib/data/dictionary.txt"
 DING = "deb:trans-de-en/usr/share/trans/de-en"
 KING_JAMES = "deb:sword-text-kjv/usr/share/sword/modules/texts/ztext/engKJV2006eb"
 MODERN = "deb:sword-text-web/usr/share/sword/modules/texts/ztext/engWEB2015eb"
+MISSPELT = 20  # sentences that misspell one word
 CHATS = "pypi:chitchat-dataset==0.9.0/chitchat_dataset/dataset.json"
 # what a damaged file comes to in the readers below and those of the other modules
 UNREADABLE = (
@@ -53,17 +55,20 @@ PLACEHOLDERS = re.compile(r"\b(sb|sth|etw|jdn|jdm|jds|jmd|o\.s)\b|[/\[\]{}()<>]"
 
 
 def spelling() -> Iterator[Row]:
-    """Sentences with one misspelt word: each WordNet example once, the word and its misspelling by a keyed draw.
+    """Sentences with one misspelt word: each WordNet example once, its misspelling by a keyed draw.
 
+    Of a sentence's words the one that has been misspelt least so far is, the first of equals, and none more than
+    MISSPELT times: words by chance would be "the" in every seventh sentence, and so would one side of a split by word.
     Only misspellings with a single correction; what is capitalised stays as it is.
     """
     typos: dict[str, list[str]] = {}
     for typo, word in _misspelt():
         typos.setdefault(word, []).append(typo)
+    used: Counter[str] = Counter()
     for sentence in dict.fromkeys(_examples()):
         words = [word for word in re.findall(r"\b[a-z]+\b", sentence) if word in typos]
-        if words:
-            word = words[draw(sentence, len(words))]
+        if words and used[word := min(words, key=lambda word: used[word])] < MISSPELT:
+            used[word] += 1
             typo = typos[word][draw(sentence + word, len(typos[word]))]
             wrong = re.sub(rf"\b{word}\b", typo, sentence, count=1)
             yield {"wrong": wrong, "right": sentence, "word": word, "typo": typo, "family": family(word)}

@@ -177,7 +177,8 @@ def samples(rows: Sequence[Outcome], language: str) -> list[str]:
 def waiting(found: Sequence[Outcome], language: str) -> str:
     """The runs of the plan that nobody has recorded yet."""
     own = [o for o in found if o.waiting and o.arm.jobs[0].group == o.group.name]
-    lines = [f"- {_named(o, language)}: {o.waiting}" for o in own]
+    words = WORDS["of the runs"][language]
+    lines = [f"- {_named(o, language)}: {words.format(n=o.waiting, of=len(o.arm.jobs))}" for o in own]
     said = "\n".join(lines) or WORDS["none waiting"][language]
     return f"## {WORDS['waiting'][language]}\n\n{said}"
 

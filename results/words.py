@@ -72,6 +72,7 @@ WORDS: dict[str, dict[str, Any]] = {
     },
     "samples": {"en": "What they write", "zh": "它们写什么"},
     "sample columns": {"en": ["prompt", "before RL", "after RL"], "zh": ["提示", "RL 之前", "RL 之后"]},
+    "of the runs": {"en": "{n} of {of} runs", "zh": "{of} 次运行中的 {n} 次"},
     "waiting": {"en": "Not measured yet", "zh": "尚未测量"},
     "none waiting": {"en": "Nothing of the plan.", "zh": "计划中没有剩余。"},
     "commands": {"en": "The commands", "zh": "命令"},

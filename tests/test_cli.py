@@ -38,6 +38,10 @@ def test_help_is_instant():
         (("eval", "nowhere"), "has no finished rl stage"),
         (("sweep", "sentiment-ppo", "rl.lamda=0.9,1"), "unknown key 'rl.lamda'; did you mean 'rl.lam'?"),
         (("sweep", "sentiment-ppo", "rl.lam=0.9,1", "--metric", "x"), "add --search 20"),
+        (
+            ("sweep", "sentiment-ppo", "optim.lr=1e-5,1e-4"),
+            "override 'optim.lr=1e-5' changes nothing: each stage has its own lr; write rl.optim.lr",
+        ),
         (("compare", "nowhere"), "holds no run and no sweep"),
         (("train", "sentiment-ppo", "rl.kl=0.2"), "write -s rl.kl=0.2"),
         (

@@ -96,7 +96,7 @@ def sweep(
 ) -> None:
     """Run a recipe with every combination of values and several seeds, and compare what came of them.
 
-    A range is optim.lr=log:1e-6..1e-4, rl.lam=0.8..1.0 or rl.epochs=1..4, with --search N. A search goes by the mean
+    A range is rl.optim.lr=log:1e-6..1e-4, rl.lam=0.8..1.0 or rl.epochs=1..4, with --search N. A search goes by the mean
     training reward of the last quarter of rollouts (on training prompts; without rl, by the loss on the validation
     side), never by the closing table, which alone opens the test side. The same command carries on.
     """

@@ -32,6 +32,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for override in overrides:
         if not _is_of_an_algorithm(override):
             _apply(raw, override)
+    _refuse_idle(raw, overrides)
     defaults = raw.get("optim", {})
     for stage in STAGES:
         table = raw.get(stage)
@@ -61,6 +62,19 @@ def _with_chosen_algorithm(raw: dict[str, Any], overrides: Sequence[str]) -> dic
             )
     written = {key: value for key, value in raw.get("rl", {}).items() if key not in own}
     return {**raw, "rl": _over(written, own.get(str(rl.get("algorithm", "ppo")), {}))}
+
+
+def _refuse_idle(raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise RecipeError for an override of [optim] that every stage has its own value above."""
+    for override in overrides:
+        table, _, name = override.partition("=")[0].strip().partition(".")
+        stages = [stage for stage in STAGES if isinstance(raw.get(stage), dict)]
+        own = [stage for stage in stages if isinstance(raw[stage].get("optim"), dict) and name in raw[stage]["optim"]]
+        if table == "optim" and name != "micro_tokens" and stages and own == stages:  # scoring goes by micro_tokens too
+            first = "rl" if "rl" in own else own[-1]
+            raise RecipeError(
+                f"override {override!r} changes nothing: each stage has its own {name}", f"write {first}.optim.{name}"
+            )
 
 
 def _over(table: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

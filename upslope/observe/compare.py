@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from upslope.config import STAGES
 from upslope.errors import RunError
 from upslope.observe.picture import Figures, Line, draw
 from upslope.observe.runs import (
@@ -157,7 +158,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 def as_cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table for people: column titles, and the cells of each row."""
     shown = found.settings[:SHOWN_SETTINGS]
-    short = short_names(found.settings)
+    short = _titles(found.settings)
     head = [] if found.grouped else ["run"]
     if found.grouped and not shown:
         head = ["runs of"]
@@ -214,7 +215,7 @@ def show(found: Comparison, console: Console | None = None) -> None:
 
 def figures(found: Comparison) -> Figures:
     """What the picture shows: every row as a line, and the measures that some row has."""
-    short = short_names(found.settings)
+    short = _titles(found.settings)
     lines = []
     for row in found.rows:
         curves = [run.curves.get("rl", {}).get("reward/mean", []) for run in row.runs]
@@ -233,6 +234,12 @@ def figures(found: Comparison) -> Figures:
     )
 
 
+def _titles(keys: Sequence[str]) -> dict[str, str]:
+    """Short names; what several stages have, steps and rates, is rl's where no other stage is named."""
+    others = {*STAGES} - {"rl"}
+    return {key: key if key.partition(".")[0] in others else name for key, name in short_names(keys).items()}
+
+
 def _row(runs: list[RunFacts], settings: Sequence[str], search: dict[str, Any] | None) -> Row:
     done = [run for run in runs if run.done]
     counted = done or runs  # half a run beside whole ones would pull their mean
@@ -242,7 +249,7 @@ def _row(runs: list[RunFacts], settings: Sequence[str], search: dict[str, Any] |
         names |= dict.fromkeys(one)
     estimates = {name: estimate([one[name] for one in table if name in one]) for name in names}
     values = {key: runs[0].settings[key] for key in settings if key in runs[0].settings}
-    label = ", ".join(f"{name}={_value(values[key])}" for key, name in short_names(settings).items() if key in values)
+    label = ", ".join(f"{name}={_value(values[key])}" for key, name in _titles(settings).items() if key in values)
     if runs[0].sweep is None:
         return Row(runs[0].folder.resolve().name, values, runs, estimates, runs[0].failure or runs[0].state)
     failed = sum(run.failure is not None for run in runs)

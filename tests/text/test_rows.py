@@ -85,7 +85,7 @@ def test_no_rows_wrong_types_and_missing_columns(tmp_path):
         load_rows(3)
     with pytest.raises(DataError, match="is a folder"):
         load_rows(tmp_path)
-    with pytest.raises(DataError, match="no column 'txt', which the recipe names; did you mean 'text'"):
+    with pytest.raises(DataError, match="no column 'txt'; did you mean 'text'"):
         require_columns(Dataset.from_list(ROWS), ["txt"], "rows")
 
 

@@ -75,7 +75,7 @@ def require_columns(rows: Dataset, names: Sequence[str], source: str) -> None:
             near = difflib.get_close_matches(name, rows.column_names, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             known = ", ".join(column for column in rows.column_names if column != ROW_NUMBER)
-            raise DataError(f"{source} has no column {name!r}", f"{hint}it has {known}; name one of these in the recipe")
+            raise DataError(f"{source} has no column {name!r}", f"{hint}it has {known}; name one in the recipe")
 
 
 def _from_list(source: Any) -> Dataset:

@@ -8,6 +8,7 @@ import upslope
 from tests.conftest import make_recipe
 from tests.training.test_pipeline import outcome, same
 from upslope.config import load_recipe
+from upslope.errors import RunError
 from upslope.training.share import begin_from, common_stages
 
 
@@ -31,6 +32,13 @@ def test_a_run_that_shares_stages_is_bit_for_bit_a_whole_one(first, recipe, rows
     assert len(told) == 1 and events[0]["recipe"]["rl"]["lam"] == 0.9
     same((weights, [event for event in events if event is not told[0]], episodes), outcome(first.parent / "whole"))
     assert begin_from([first], folder, table) == ""  # a run that has begun is left alone
+
+
+def test_stages_that_were_learned_from_other_rows_are_not_gone_on_from(first, recipe, rows):
+    folder, table = first.parent / "fewer", load_recipe(recipe, ["rl.lam=0.7"]).model_dump(mode="json")
+    assert begin_from([first], folder, table)
+    with pytest.raises(RunError, match="fewer was begun with other rows"):
+        upslope.train(recipe, "rl.lam=0.7", rows=rows[:72], out=folder, plain=True)
 
 
 @pytest.mark.parametrize(

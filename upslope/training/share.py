@@ -31,7 +31,9 @@ def begin_from(others: Sequence[Path], folder: Path, table: Mapping[str, Any]) -
     beside = folder.with_name(f".{folder.name}")  # takes its name when it is whole
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    shutil.copyfile(other / "machine.json", beside / "machine.json")
+    for name in ("machine.json", "rows.json"):  # it computes as that did, and learns from the rows that that did
+        if (other / name).is_file():
+            shutil.copyfile(other / name, beside / name)
     (beside / "recipe.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
     moved = _copy_logs(other, beside, table, stages[-1], said)
     if (other / "start").is_dir():  # the model that both begin with

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 
 from benchmarks.runner import git
 from results.plan import Job
@@ -48,21 +47,16 @@ class Session:
         if self.at_once > 1:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.at_once)))
-        idle = SimpleQueue[Process]()
-        for process in processes:
-            idle.put(process)
+        todo = iter(chains(waiting))  # of all: the next is whoever's is idle
 
-        def follow(chain: Sequence[Job]) -> None:
-            process = idle.get()
-            try:
+        def work(process: Process) -> None:
+            for chain in todo:
                 for job in chain:
                     if not process.stop_requests:
                         self.one(job, numbers[job.name], process)
-            finally:
-                idle.put(process)
 
         with passing_signals_on(processes), ThreadPoolExecutor(self.at_once) as pool:
-            list(pool.map(follow, chains(waiting)))
+            list(pool.map(work, processes))
         self.stopped = any(process.stop_requests for process in processes)
 
     def one(self, job: Job, number: str, process: Process) -> None:

@@ -152,6 +152,11 @@ class Pipeline:
             return SimilaritySource(label)
         return self.function_source(METRICS[name].source or name if name in METRICS else name, label)
 
+    def near_source(self, name: str, stage: str) -> Source:
+        """As `source`, but a trusted metric in this process."""
+        trusted = METRICS[name].trusted if name in METRICS else None
+        return MetricSource(name, trusted) if trusted else self.source(name, stage)
+
     def function_source(self, source: str | Callable[..., Any], name: str) -> FunctionSource:
         """A function of the user's in its worker process, under the recipe's limits."""
         seconds, gb = self.recipe.limits.timeout_s, self.recipe.limits.memory_gb
@@ -205,11 +210,8 @@ class Pipeline:
     def task_metrics(self, without: Collection[str] = ()) -> TaskMetrics:
         """The metrics of [task] but some: the trusted ones in this process, the others in one of their own."""
 
-        def source(name: str) -> Source:
-            trusted = METRICS[name].trusted if name in METRICS else None
-            return MetricSource(name, trusted) if trusted else self.source(name, "eval")
-
-        return TaskMetrics([name for name in self.recipe.task.metrics if name not in without], source)
+        names = [name for name in self.recipe.task.metrics if name not in without]
+        return TaskMetrics(names, lambda name: self.near_source(name, "eval"))
 
     def watched(self, stage: str) -> Watched | None:
         """What is measured on the way, on the validation side: [task], or for rl.best_by the reward alone."""

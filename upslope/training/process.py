@@ -23,6 +23,7 @@ from typing import Any
 import cloudpickle
 
 from upslope.errors import RunError
+from upslope.training.signals import signals_to
 
 DEFAULT_INT = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # Ctrl-C before the run is ready for it
 COMMAND = f"{DEFAULT_INT}; from upslope.training.child import main; main()"
@@ -102,17 +103,8 @@ def passing_signals_on(processes: Sequence[Process]) -> Iterator[None]:
         for process in processes:
             process.stop()
 
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # not the main thread (a notebook's executor): the caller's handling stays
-        pass
-    try:
+    with signals_to(ask):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reason(reasons: int, code: int) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 from datasets import Dataset
 
 from upslope.config import Recipe
-from upslope.config.metrics import METRICS
 from upslope.errors import DataError, Interrupted, RewardError
 from upslope.evaluate import estimates, table_rows
 from upslope.models.trunk import Trunk
@@ -23,7 +22,6 @@ from upslope.training.closing import baseline_answers
 from upslope.training.data import make_prompts, preference_pairs, require_room, supervised_examples
 from upslope.training.episode import Episode
 from upslope.training.final import Trial
-from upslope.training.heldout import MetricSource
 from upslope.training.parts import Pipeline, check_teacher
 from upslope.training.scoring import FunctionSource, Scorer, Source
 from upslope.training.state import freeze_lowest
@@ -139,8 +137,7 @@ def _try_scores(p: Pipeline, model: Trunk) -> None:
     finally:
         metrics.close()
     for where, name, stage in _named(p):
-        trusted = METRICS[name].trusted if name in METRICS else None
-        source = MetricSource(name, trusted) if trusted else p.source(name, stage)
+        source = p.near_source(name, stage)
         try:
             _try_source(where, source, likely, rows)
         finally:

@@ -39,6 +39,7 @@ from upslope.observe.events import EventLog, finite, read_events
 from upslope.observe.runs import read_json
 from upslope.observe.tensorboard import TensorBoardLog
 from upslope.observe.terminal import Terminal
+from upslope.training.signals import signals_to
 from upslope.version import VERSION
 
 WORK_PER_TOKEN = {"forward": 1.0, "train": 3.0}  # a backward pass costs twice the forward one
@@ -160,17 +161,8 @@ class Run:
             name = signal.Signals(number).name
             self.terminal.note(f"{name}: saving at the next safe point; again stops at once")
 
-        before = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, ask)
-        except ValueError:  # not the main thread (a notebook's executor): the caller's handling stays
-            pass
-        try:
+        with signals_to(ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def close(self) -> None:
         self.terminal.close()
